@@ -1,0 +1,322 @@
+"""The memory and disk plan against numbers worked by hand, and the doctor on a machine where things are broken."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from cream import doctor
+from cream.config import Config, load_recipe
+from cream.log import UserError
+from cream.plan import LLAMA3_8B, SHAPES, Shape, activation_bytes, known_shape, plan, shape_of
+
+LLAMA2_7B, SMOLLM2 = SHAPES["llama-2-7b"], SHAPES["smollm2-135m"]
+
+
+def recipe(**changes) -> Config:
+    """The paper's numbers (the defaults) with section__field=value changed."""
+    config = Config()
+    for key, value in changes.items():
+        section, field = key.split("__")
+        assert hasattr(getattr(config, section), field)
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def stages(made):
+    return {stage.name: stage for stage in made.stages}
+
+
+# --- shapes
+
+
+@pytest.mark.parametrize(
+    "shape, parameters",  # as the models' own pages and checkpoints have them
+    [(LLAMA2_7B, 6_738_415_616), (LLAMA3_8B, 8_030_261_248), (SMOLLM2, 134_515_008)],
+)
+def test_parameters(shape, parameters):
+    assert shape.parameters == parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_of_a_real_model(tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert shape_of(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_known_shapes():
+    assert known_shape("meta-llama/Llama-2-7b-chat-hf") == LLAMA2_7B
+    assert known_shape("meta-llama/Meta-Llama-3-8B-Instruct") == LLAMA3_8B
+    assert known_shape("HuggingFaceTB/SmolLM2-135M-Instruct") == known_shape("smollm2-135m") == SMOLLM2
+    assert known_shape("meta-llama/Llama-2-70b-hf") is None and known_shape("someone/else") is None
+
+
+@pytest.mark.parametrize("name", ["smoke", "smollm2-135m", "llama2-7b", "llama3-8b"])
+def test_shipped_recipes_need_no_look_up(name):
+    assert known_shape(load_recipe(name).model.path) is not None
+
+
+def test_what_is_no_llama_is_refused():
+    mixture = types.SimpleNamespace(model_type="mixtral", num_local_experts=8)
+    with pytest.raises(ValueError, match="mixtral is a mixture of experts"):
+        shape_of(mixture)
+    with pytest.raises(ValueError, match="t5 does not describe itself as LLaMA-class models do"):
+        shape_of(types.SimpleNamespace(model_type="t5", num_attention_heads=8))
+
+
+# --- memory
+
+
+def test_states_of_7b_in_bfloat16():
+    """6.738 billion parameters: bf16 weights 13.5 GB, float32 master 27.0, two float32 moments 53.9, gradients: float32
+    sums 27.0 and a micro-batch's own in bf16 13.5."""
+    train = stages(plan(recipe(), LLAMA2_7B, "bfloat16"))["train"]
+    parts = {what: round(train.bytes_of(what) / 1e9, 1) for what in ("weights", "master", "moments", "gradients")}
+    assert parts == {"weights": 13.5, "master": 27.0, "moments": 53.9, "gradients": 40.4}
+
+
+def test_states_in_float32_have_no_master():
+    """134.5 million parameters at 16 bytes: weights, gradients, two moments."""
+    train = stages(plan(recipe(), SMOLLM2, "float32"))["train"]
+    assert train.bytes_of("master") == 0
+    assert sum(train.bytes_of(what) for what in ("weights", "gradients", "moments")) == 16 * 134_515_008
+
+
+def test_cache_of_sampling():
+    """Llama-2-7B keeps 2 * 32 layers * 32 heads * 128 * 2 bytes = 524,288 bytes a token; 32 prompts * 5 responses *
+    (1024 + 768) tokens = 286,720 tokens: 150.3 GB."""
+    sample = stages(plan(recipe(), LLAMA2_7B))["sample"]
+    assert sample.bytes_of("KV cache") == 286_720 * 524_288
+    grouped = stages(plan(recipe(), LLAMA3_8B))["sample"]  # 8 kv heads where Llama 2 has 32
+    assert 4 * grouped.bytes_of("KV cache") == sample.bytes_of("KV cache")
+
+
+def test_head_never_holds_all_logits():
+    """Llama-3-8B, 4 pairs of 2,048 tokens: 2 * 4 * 2048 * 128256 logits would be 8.4 GB in float32 and as much for
+    their gradient; the fused loss holds a pair's (1,536 rows, float32 and bf16: 1.2 GB), a float32 sum of the head's
+    gradient (2.1 GB) and hidden states and their gradient in float32 (0.5 GB)."""
+    head = stages(plan(recipe(), LLAMA3_8B))["train"].bytes_of("head")
+    assert head == 1536 * 128256 * 6 + 128256 * 4096 * 4 + 16384 * 4096 * 8
+
+
+def saved_bytes(config, size):
+    """Bytes a token that autograd really keeps for S = 2 sequences of T = 64 tokens, parameters not counted."""
+    from transformers import LlamaModel
+
+    torch.manual_seed(0)
+    dtype = {4: torch.float32, 2: torch.bfloat16}[size]
+    model = LlamaModel._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=torch.randint(0, config.vocab_size, (2, 64)), use_cache=False)
+    return sum(count for count, _ in kept.values()) / (2 * 64)
+
+
+@pytest.mark.parametrize("size", [4, 2])
+def test_activations_are_what_autograd_keeps(size):
+    from transformers import LlamaConfig
+
+    shape = dict(vocab_size=64, hidden_size=64, intermediate_size=112, num_attention_heads=4, num_key_value_heads=2)
+    configs = [LlamaConfig(**shape, num_hidden_layers=layers) for layers in (2, 4)]
+    measured = [saved_bytes(config, size) for config in configs]
+    planned = [activation_bytes(shape_of(config), size, False)[0] for config in configs]
+    assert measured[1] - measured[0] == planned[1] - planned[0]  # two layers more, to the byte
+    rest = measured[0] + 64 * size - planned[0]  # the head keeps the final norm's output, and there is no head here
+    assert 0 <= rest <= 8 + 2 * 16 * size + 8  # token ids, and the rotary tables that the layers share
+
+
+def test_checkpointing_keeps_a_layer_input_and_one_layer():
+    """Llama-2-7B in bf16: 32 * 4096 * 2 bytes = 262 kB a token, where 5.97 MB are kept without."""
+    held, recomputed = activation_bytes(LLAMA2_7B, 2, True)
+    assert held == 32 * 4096 * 2 + (4096 * 8 + 4)
+    layer = 2 * (4096 * 8 + 4) + 2 * (4 * 4096 + 4 * 11008) + 4 * 32
+    assert recomputed == layer
+    assert activation_bytes(LLAMA2_7B, 2, False) == (32 * layer + 4096 * 8 + 4, 0)
+    assert round(32 * layer / 1e6, 2) == 5.97
+
+
+def test_largest_is_the_last_value_that_fits():
+    for stage in plan(recipe(model__gradient_checkpointing=True), LLAMA3_8B).stages:
+        section, field = stage.field.split(".")
+        limit = stage.peak * 1.37
+        largest = stage.largest(limit)
+        changed = ({"model__gradient_checkpointing": True, f"{section}__{field}": n} for n in (largest, largest + 1))
+        fits, bursts = (stages(plan(recipe(**changes), LLAMA3_8B))[stage.name].peak for changes in changed)
+        assert fits <= limit < bursts, stage.name
+    assert stage.largest(1e9) == 0  # less than the weights
+
+
+def test_stages_that_are_switched_off_are_not_planned():
+    made = plan(recipe(sft__enabled=False, evaluate__enabled=False, sample__batch_size=1), LLAMA2_7B)
+    assert list(stages(made)) == ["sample", "score", "train"]
+    assert made.peak == stages(made)["train"].peak > stages(made)["sample"].peak
+
+
+# --- disk
+
+
+def test_disk():
+    """M1, M2, M3 of Llama-2-7B in bf16: 40.4 GB. A step checkpoint holds master and moments, 80.9 GB, three at once."""
+    path = "meta-llama/Llama-2-7b-chat-hf"
+    made = plan(recipe(model__path=path, train__checkpoint_every=50), LLAMA2_7B)
+    assert [(what.split(" ")[0], round(size / 1e9, 1)) for what, size in made.disk] == [("models", 40.4), ("3", 242.6)]
+    assert made.disk[0][0] == "models M1, M2, M3"
+    assert plan(recipe(model__path=path), LLAMA2_7B).disk_bytes == made.disk[0][1]
+
+
+def test_disk_of_a_converted_model_and_its_text():
+    config = recipe(model__path="x.gguf", run__iterations=1, sft__enabled=False, data__prompts_per_iteration=100)
+    made = plan(config, SMOLLM2, "float32")
+    assert made.disk[0] == ("models M0, M2", 2 * 4 * 134_515_008)
+    assert made.disk[1][1] == 100 * (5 + 2) * (1024 + 768) * 11
+    halfway = plan(recipe(score__first_round="sft_half"), SMOLLM2)
+    assert halfway.disk[0][0] == "models M0, M1, M1 halfway, M2, M3"
+
+
+# --- finding the shape
+
+
+def test_shape_of_a_local_directory(tiny):
+    shape = doctor.find_shape(recipe(model__path=str(tiny)))
+    assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.tied) == (2, 32, 4, 2, True)
+
+
+def test_shape_that_cannot_be_had_says_why(tmp_path):
+    for path in ("nobody/nothing-here", str(tmp_path), str(tmp_path / "none.gguf")):
+        with pytest.raises(UserError, match="cannot be had offline") as error:
+            doctor.find_shape(recipe(model__path=path))
+        assert "\n" not in str(error.value) and path in str(error.value)
+
+
+def test_directory_with_code_runs_none_of_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Config: pass\n")
+    with pytest.raises(UserError, match="cannot be had offline"):
+        doctor.find_shape(recipe(model__path=str(tmp_path)))
+    assert not (tmp_path / "marker").exists()
+
+
+# --- the program
+
+
+def test_free_disk_of_a_directory_to_be(tmp_path):
+    assert doctor.free_disk(str(tmp_path / "a" / "b")) == pytest.approx(doctor.free_disk(str(tmp_path)), rel=0.01)
+
+
+def found(config=None):
+    return dict(doctor.findings(config or recipe()))
+
+
+def test_findings_name_what_is_here():
+    rows = found()
+    assert rows["torch"].startswith(torch.__version__) and rows["attention sdpa"] == "can run"
+    assert "threading layer" in rows["numba"] and "GB available" in rows["RAM"]
+    for name in (
+        "python",
+        "CPU",
+        "disk",
+        "triton",
+        "cream_kernels",
+        "native library",
+        *doctor.REQUIRED,
+        *doctor.OPTIONAL,
+    ):
+        assert rows[name], name
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        ("ImportError('no lib')", "no lib"),
+        ("OSError('libcuda.so.1: cannot open')", "libcuda.so.1: cannot open"),
+        ("RuntimeError('bad\\nmore')", "bad"),
+        ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed"),
+        ("AttributeError('')", "AttributeError"),
+    ],
+)
+@pytest.mark.parametrize("package", ["triton", "numba"])
+def test_broken_package_costs_one_line(tmp_path, monkeypatch, package, error, words):
+    (tmp_path / f"{package}.py").write_text(f"raise {error}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    assert found()[package] == f"cannot be used: {words}"
+
+
+def test_small_control_group_is_what_counts(monkeypatch):
+    values = {"memory.max": 10**9, "memory.current": 4 * 10**8}
+    monkeypatch.setattr(doctor, "_number_in", lambda path: values[path.name])
+    assert doctor.ram() == (10**9, 6 * 10**8)
+
+
+def test_program(capsys, tmp_path):
+    doctor.main(["--config", "llama2-7b", "--run.dir", str(tmp_path / "run"), "--sample.batch_size", "4"])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert "6.738 billion parameters, bfloat16 here" in out
+    assert ["train", "13.5", "40.4", "27.0", "53.9"] in [row[:5] for row in rows]
+    fits = {row[0]: row for row in rows if len(row) > 2 and row[1].endswith(("batch_size", "batch_tokens"))}
+    assert fits["sample"][:6] == ["sample", "sample.batch_size", "4", "2", "fits", "fits"]
+    assert fits["train"][3:6] == ["does", "not", "fit"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_fit_counts_auto_on_cards_as_bfloat16():
+    half, full = (plan(recipe(train__micro_batch_size=32), SMOLLM2, dtype) for dtype in ("bfloat16", "float32"))
+    train = next(row for row in doctor.fit_rows(half, full, 24 * 2**30) if row[0] == "train")
+    assert train[3] == str(stages(half)["train"].largest(24e9))
+    assert train[6] == str(stages(full)["train"].largest(24e9))
+    assert int(train[3]) > int(train[6]) > 0
+
+
+def test_program_without_a_shape(capsys):
+    doctor.main(["--model.path", "nobody/nothing-here"])
+    out = capsys.readouterr().out
+    assert "attention sdpa" in out
+    assert out.rstrip().splitlines()[-1].startswith("no plan: the shape of nobody/nothing-here cannot be had offline")
+
+
+def test_program_refuses_an_unknown_key(capsys):
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--sample.batch_sise", "4"])
+    assert stop.value.code == 2 and "sample.batch_size" in capsys.readouterr().err
+
+
+def test_program_without_torch_still_answers(tmp_path):
+    """In a process of its own, with a torch that does not load: the day when the doctor is called for."""
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: undefined symbol')\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "cream.doctor", "--config", "llama2-7b"],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cannot be used: libtorch_cpu.so: undefined symbol" in done.stdout
+    assert "6.738 billion parameters" in done.stdout
+    assert time.monotonic() - start < 30
+
+
+def test_shape_is_hashable_and_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LLAMA2_7B.layers = 1
+    assert len({LLAMA2_7B, Shape(**dataclasses.asdict(LLAMA2_7B))}) == 1
