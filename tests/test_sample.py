@@ -1,0 +1,134 @@
+"""Sampling: what is drawn depends on names and seed alone, and is what the model's distribution says."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from cream.config import SampleConfig
+from cream.data import Example, encode_prompt
+from cream.log import UserError
+from cream.model import stop_ids
+from cream.sample import generate, sample, stream
+
+
+def prompts_of(tokenizer, texts):
+    return [encode_prompt(tokenizer, [{"role": "user", "content": t}]) for t in texts]
+
+
+def examples_of(texts):
+    return [Example(f"id-{t}", "chat", ({"role": "user", "content": t},), None, None, t) for t in texts]
+
+
+def plain_greedy(model, prompt, count, stop):
+    """The whole sequence through transformers again for every token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] in stop:
+                break
+    return ids[len(prompt) :]
+
+
+def test_streams_are_of_the_response_alone():
+    first = stream(0, 1, "a", 0, 8)
+    assert np.array_equal(first, stream(0, 1, "a", 0, 8)) and np.array_equal(first[:3], stream(0, 1, "a", 0, 3))
+    for other in [(1, 1, "a", 0), (0, 2, "a", 0), (0, 1, "b", 0), (0, 1, "a", 1)]:
+        assert not np.array_equal(first, stream(*other, 8))
+    many = np.concatenate([stream(0, 1, str(i), 0, 50) for i in range(200)])
+    assert stats.kstest(many, "uniform").pvalue > 1e-3 and (many >= 0).all() and (many < 1).all()
+
+
+def test_greedy_with_cache_and_padding_is_greedy_without(loaded, tokenizer):
+    prompts = prompts_of(tokenizer, ["a", "what is two and two?", "hello there"])
+    stop = stop_ids(loaded, tokenizer)
+    answers = generate(loaded, prompts, None, max_new_tokens=80, stop=stop)  # beyond one growth of the cache
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids == plain_greedy(loaded, prompt, 80, stop)
+
+
+def test_a_stop_token_ends_an_answer_and_is_part_of_it(loaded, tokenizer):
+    prompts = prompts_of(tokenizer, ["a", "what is two and two?", "hello there"])
+    free = generate(loaded, prompts, None, max_new_tokens=70, stop=[])
+    assert [len(a.ids) for a in free] == [70] * 3 and {a.finish for a in free} == {"length"}
+    stop = free[0].ids[5]
+    stopped = generate(loaded, prompts, None, max_new_tokens=70, stop=[stop])
+    for before, after in zip(free, stopped, strict=True):
+        end = before.ids.index(stop) + 1 if stop in before.ids else 70
+        assert after.ids == before.ids[:end]
+        assert after.finish == ("stop" if stop in before.ids else "length")
+
+
+def test_responses_do_not_depend_on_order_or_company(loaded, tokenizer):
+    texts = ["a", "what is two and two?", "hello there", "b c", "one more prompt"]
+    stop = stop_ids(loaded, tokenizer)
+
+    def draw(order):
+        prompts = prompts_of(tokenizer, [texts[i] for i in order])
+        uniform = np.stack([stream(7, 1, texts[i], r, 20) for i in order for r in range(3)])
+        found = generate(
+            loaded, prompts, uniform, responses=3, max_new_tokens=20, stop=stop, temperature=0.9, top_p=0.95
+        )
+        return {(i, r): found[n * 3 + r].ids for n, i in enumerate(order) for r in range(3)}
+
+    together, alone = draw(range(5)), {}
+    for i in (3, 1, 0, 4, 2):
+        alone |= draw([i])
+    assert together == alone and draw([4, 2, 0, 1, 3]) == together
+    assert len({tuple(v) for v in together.values()}) > 10
+
+
+def test_first_tokens_follow_the_nucleus(loaded, tokenizer):
+    [prompt] = prompts_of(tokenizer, ["chi square"])
+    count, temperature, top_p = 4000, 0.7, 0.8
+    uniform = np.stack([stream(3, 1, "x", r, 1) for r in range(count)])
+    drawn = generate(
+        loaded, [prompt], uniform, responses=count, max_new_tokens=1, stop=[], temperature=temperature, top_p=top_p
+    )
+    with torch.no_grad():
+        p = torch.softmax(loaded(torch.tensor([prompt]), use_cache=False).logits[0, -1].double() / temperature, -1)
+    order = p.argsort(descending=True)
+    nucleus = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
+    expected = p[nucleus] / p[nucleus].sum() * count
+    seen = Counter(a.ids[0] for a in drawn)
+    assert set(seen) <= set(nucleus.tolist())
+    observed = np.array([seen[t] for t in nucleus.tolist()])
+    large = expected.numpy() >= 5
+    observed = np.append(observed[large], observed[~large].sum())
+    wanted = np.append(expected.numpy()[large], expected.numpy()[~large].sum())
+    keep = wanted > 0
+    assert stats.chisquare(observed[keep], wanted[keep] * observed.sum() / wanted[keep].sum()).pvalue > 1e-3
+
+
+def test_context_is_a_limit_of_answers_and_a_mistake_of_prompts(loaded, tokenizer):
+    context = loaded.config.max_position_embeddings
+    loaded.config.max_position_embeddings = 30
+    try:
+        [answer] = generate(loaded, [list(range(3, 28))], None, max_new_tokens=50, stop=[])
+        assert len(answer.ids) == 5 and answer.finish == "length"
+        with pytest.raises(UserError, match="30 tokens leaves no room for an answer in a context of 30"):
+            generate(loaded, [list(range(3, 33))], None, max_new_tokens=5, stop=[])
+    finally:
+        loaded.config.max_position_embeddings = context
+
+
+def test_rows_hold_what_was_sampled_and_parts_are_not_drawn_again(loaded, tokenizer, work, monkeypatch):
+    examples = examples_of(["bb", "a", "cccc", "ddd ddd"])
+    config = SampleConfig(responses=3, max_new_tokens=12, batch_size=2)
+    rows = sample(loaded, tokenizer, examples, config, work, seed=0, iteration=1)
+    assert [(r["prompt_id"], r["index"]) for r in rows] == [(e.id, i) for e in examples for i in range(3)]
+    end = tokenizer.eos_token_id
+    for row in rows:
+        assert row["prompt_ids"] == encode_prompt(tokenizer, [{"role": "user", "content": row["prompt_id"][3:]}])
+        assert 1 <= len(row["ids"]) <= 12
+        assert (row["ids"][-1] == end) == (row["finish"] == "stop") and end not in row["ids"][:-1]
+        assert row["text"] == tokenizer.decode(row["ids"], skip_special_tokens=True)
+
+    def never(*args, **kwargs):
+        raise AssertionError("a finished part was drawn again")
+
+    monkeypatch.setattr("cream.sample.generate", never)
+    assert sample(loaded, tokenizer, examples, config, work, seed=0, iteration=1) == rows

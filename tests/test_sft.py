@@ -1,0 +1,65 @@
+"""SFT learns the assistant's tokens, the end of the turn included, and nothing else."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cream.config import ModelConfig, SFTConfig
+from cream.data import Conversation, encode_conversation
+from cream.log import Metrics, UserError
+from cream.model import load
+from cream.sft import loss_of, train
+
+
+def conversations(count=10):
+    return [
+        Conversation(
+            f"c{i}",
+            ({"role": "user", "content": "?" * (1 + i % 4)}, {"role": "assistant", "content": f"the answer is {i}"}),
+        )
+        for i in range(count)
+    ]
+
+
+def test_loss_is_transformers_on_labels_alone(loaded, tokenizer):
+    sequences = [encode_conversation(tokenizer, c.messages) for c in conversations(4)]
+    found = float(loss_of(loaded, sequences))
+    total = 0.0
+    for ids, labels in sequences:
+        logits = loaded(torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
+        total += float(F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum"))
+    assert found == pytest.approx(total, rel=1e-6)
+
+
+def test_padding_teaches_nothing(loaded, tokenizer):
+    """The released code's labels hold the pad id, and its loss ignores -100 only: M1 learns to emit padding."""
+    short, long = (encode_conversation(tokenizer, c.messages) for c in conversations(4)[::3])
+    assert len(short[0]) < len(long[0])
+    together = float(loss_of(loaded, [short, long]))
+    assert together == pytest.approx(float(loss_of(loaded, [short])) + float(loss_of(loaded, [long])), rel=1e-6)
+
+
+def test_the_answer_is_learnt_and_so_is_its_end(tmp_path, tiny, tokenizer, work):
+    model = load(tiny, ModelConfig(dtype="float32")).requires_grad_(True)
+    halves = []
+    config = SFTConfig(lr=1e-2, epochs=30, batch_size=4, micro_batch_size=3)
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    train(model, tokenizer, conversations(), config, work, metrics, seed=0, halfway=lambda: halves.append(1))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 90 and halves == [1]
+    assert sum(losses[-3:]) < 0.4 * sum(losses[:3])
+    ids, labels = encode_conversation(tokenizer, conversations()[0].messages)
+    assert tokenizer.eos_token_id in labels  # the end of the answer's turn is a label, though it is the pad token too
+    end = labels.index(tokenizer.eos_token_id)
+    before = load(tiny, ModelConfig(dtype="float32"))
+    for module, bound in ((before, 0.2), (model, 1.1)):
+        p = torch.softmax(module(torch.tensor([ids[:end]]), use_cache=False).logits[0, -1], -1)
+        assert float(p[tokenizer.eos_token_id]) < bound
+    assert float(p[tokenizer.eos_token_id]) > 0.5
+
+
+def test_nothing_that_fits_is_a_mistake(tmp_path, loaded, tokenizer, work):
+    with pytest.raises(UserError, match="data.sft: no conversation fits sft.max_length"):
+        train(loaded, tokenizer, conversations(2), SFTConfig(max_length=5), work, Metrics(tmp_path / "m"), seed=0)

@@ -1,0 +1,253 @@
+"""The whole loop on a random two-layer Llama: two iterations, twice, bit-equal; stages skipped, redone, run alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from safetensors.numpy import load_file
+
+from cream.train import main
+
+SETTINGS = {
+    "model.dtype": "float32",
+    "run.threads": "1",
+    "data.prompts": "builtin:arithmetic:10 builtin:quiz",
+    "data.sft": "builtin:arithmetic:12",
+    "data.evaluate": "builtin:arithmetic:4 builtin:quiz",
+    "data.prompts_per_iteration": "6",
+    "data.evaluate_limit": "3",
+    "data.max_prompt_tokens": "600",
+    "sft.lr": "1e-3",
+    "sft.epochs": "1",
+    "sft.batch_size": "4",
+    "sft.micro_batch_size": "2",
+    "sft.checkpoint_every": "1",
+    "sample.responses": "3",
+    "sample.max_new_tokens": "10",
+    "sample.batch_size": "3",
+    "score.chunk_size": "2",
+    "train.lr": "1e-3",
+    "train.batch_size": "2",
+    "train.micro_batch_size": "2",
+    "train.checkpoint_every": "1",
+    "evaluate.max_new_tokens": "8",
+    "evaluate.batch_size": "4",
+}
+
+
+def arguments(model: Path, directory: Path, *more: str, **changes) -> list[str]:
+    settings = SETTINGS | {"model.path": str(model), "run.dir": str(directory)} | changes
+    return [*(word for key, value in settings.items() for word in (f"--{key}", *value.split())), *more]
+
+
+def weights(directory: Path) -> dict[str, np.ndarray]:
+    return load_file(directory / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stages(directory: Path) -> list[str]:
+    return [row["stage"] for row in rows(directory / "ledger.jsonl")]
+
+
+LOOP = ["prompts", "eval/m0", "sft", "eval/m1"] + [
+    f"iter{t}/{s}" if s != "eval" else f"eval/m{t + 1}"
+    for t in (1, 2)
+    for s in ("sample", "score", "rank", "train", "eval")
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    main(arguments(tiny, directory))
+    return directory
+
+
+@pytest.fixture
+def again(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "again")
+
+
+def test_two_runs_are_bit_equal(finished, tiny, tmp_path):
+    main(arguments(tiny, tmp_path / "second"))
+    for model in ("sft/model", "iter1/model", "iter2/model"):
+        assert same(finished / model, tmp_path / "second" / model), model
+        assert not same(finished / model, tiny), model
+    for artifact in ("iter1/responses.jsonl", "iter2/pairs.jsonl", "eval/m3.jsonl"):
+        assert (finished / artifact).read_bytes() == (tmp_path / "second" / artifact).read_bytes(), artifact
+
+
+def test_every_stage_ran_once_and_left_what_it_says(finished):
+    assert stages(finished) == LOOP
+    prompts = [{row["id"] for row in rows(finished / f"prompts/iter{t}.jsonl")} for t in (1, 2)]
+    assert [len(p) for p in prompts] == [6, 6] and not prompts[0] & prompts[1]
+    for t in (1, 2):
+        responses = rows(finished / f"iter{t}/responses.jsonl")
+        assert {r["prompt_id"] for r in responses} == prompts[t - 1] and len(responses) == 18
+        ranking, pairs = rows(finished / f"iter{t}/ranking.jsonl"), rows(finished / f"iter{t}/pairs.jsonl")
+        [summary] = rows(finished / f"iter{t}/ranking.json")
+        assert summary["kept"] == len(pairs) == sum(r["dropped"] is None for r in ranking)
+        assert summary["kept"] + sum(summary["dropped"].values()) == 6
+        by_response = {(r["prompt_id"], r["index"]): r["ids"] for r in responses}
+        agreements = {r["prompt_id"]: r for r in ranking}
+        for pair in pairs:
+            r = agreements[pair["prompt_id"]]
+            assert pair["chosen_ids"] == by_response[pair["prompt_id"], r["chosen"]]
+            assert pair["rejected_ids"] == by_response[pair["prompt_id"], r["rejected"]]
+            assert r["rewards"][r["chosen"]] == max(r["rewards"]) and pair["agreement"] == r["agreement"]
+    assert {r["stage"] for r in rows(finished / "metrics.jsonl")} == {"sft", "iter1/train", "iter2/train"}
+    assert not (finished / ".work").exists() or not any((finished / ".work").iterdir())
+
+
+def test_the_first_step_of_a_round_has_a_loss_of_ln_2(finished):
+    for t in (1, 2):
+        first = next(r for r in rows(finished / "metrics.jsonl") if r["stage"] == f"iter{t}/train" and r["step"] == 1)
+        assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and first["rewards/margins"] == pytest.approx(
+            0, abs=1e-5
+        )
+
+
+def test_reward_and_loss_have_different_references(finished):
+    """The reward's reference is M0 in every round; the loss's is theta_t."""
+    table = pyarrow.parquet.read_table(finished / "iter2/scores.parquet").to_pylist()
+    for row in table:
+        assert row["reward"] == row["logp_policy"] - row["logp_reference"]
+        assert row["previous_reward"] == row["logp_previous"] - row["logp_reference"]
+    scored = {(r["prompt_id"], r["index"]): r["logp_policy"] for r in table}
+    for pair, ranked in zip(
+        rows(finished / "iter2/pairs.jsonl"),
+        [r for r in rows(finished / "iter2/ranking.jsonl") if not r["dropped"]],
+        strict=True,
+    ):
+        assert pair["logp_chosen"] == scored[ranked["prompt_id"], ranked["chosen"]]
+    first = pyarrow.parquet.read_table(finished / "iter1/scores.parquet").to_pylist()
+    for row in first:  # theta_0 is M0: its ratio is 0, its mean log-prob stands in
+        assert row["logp_previous"] == row["logp_reference"]
+        assert row["previous_reward"] == pytest.approx(row["logp_reference"] / row["num_tokens"])
+
+
+def test_a_second_start_does_nothing(again, tiny, capsys):
+    before = (again / "ledger.jsonl").read_bytes()
+    main(arguments(tiny, again, "--resume"))
+    assert (again / "ledger.jsonl").read_bytes() == before
+    assert "M3" in capsys.readouterr().out
+
+
+def test_a_changed_setting_redoes_what_depends_on_it(again, tiny):
+    main(arguments(tiny, again, "--resume", **{"consistency.level": "constant", "consistency.constant": "1.0"}))
+    assert stages(again)[len(LOOP) :] == ["iter1/rank", "iter1/train", "eval/m2"] + [
+        "iter2/sample", "iter2/score", "iter2/rank", "iter2/train", "eval/m3"
+    ]  # fmt: skip
+    assert {p["agreement"] for p in rows(again / "iter1/pairs.jsonl")} == {1.0}
+
+
+def test_damage_is_noticed_and_made_good(again, finished, tiny, capsys):
+    path = again / "iter2/model/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    main(arguments(tiny, again, "--resume"))
+    assert "iter2/train: " in (said := capsys.readouterr().err) and "model.safetensors is not as it was written" in said
+    assert same(again / "iter2/model", finished / "iter2/model")
+
+
+def test_one_stage_alone(again, tiny, capsys):
+    (again / "iter1/ranking.json").unlink()
+    main(arguments(tiny, again, "--resume", "--run.only", "iter1/rank"))
+    assert stages(again)[len(LOOP) :] == ["iter1/rank"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, again.parent / "new", "--run.only", "iter1/score"))
+    assert stop.value.code == 2 and "prompts" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_entries_stop_after_their_stage(tiny, tmp_path, capsys):
+    main(arguments(tiny, tmp_path / "run"), until="sft")
+    assert stages(tmp_path / "run")[-1] == "sft"
+    main(arguments(tiny, tmp_path / "one"), until="eval/m0")
+    assert stages(tmp_path / "one") == ["prompts", "eval/m0"] and "M0" in capsys.readouterr().out
+
+
+def test_models_are_hugging_face_directories_with_their_lineage(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "iter2/model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "iter2/model")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)["input_ids"]
+    assert model.generate(torch.tensor([ids]), max_new_tokens=3).shape[1] <= len(ids) + 3
+    card = (finished / "iter2/model/README.md").read_text()
+    for words in (
+        "# M3",
+        "from M2",
+        "parent SHA-256",
+        "SHA-256 of pairs.jsonl",
+        "mean tau",
+        "python -m cream.train --model",
+    ):
+        assert words in card
+
+
+@pytest.mark.parametrize("choice", ["one", "sft_half"])
+def test_other_first_rounds(tiny, tmp_path, choice):
+    main(arguments(tiny, tmp_path / "run", **{"score.first_round": choice, "evaluate.enabled": "false"}))
+    [summary] = rows(tmp_path / "run/iter1/ranking.json")
+    if choice == "one":
+        assert summary["tau_mean"] is None and summary["agreement_mean"] == 1.0
+    else:
+        assert summary["tau_mean"] is not None and not same(tmp_path / "run/sft/half", tmp_path / "run/sft/model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"data.prompts": "nowhere.jsonl"}, (), "nowhere.jsonl: no such file"),
+        ({"model.path": "./nowhere"}, (), "model.path: ./nowhere is not there"),
+        ({"sample.responses": "1"}, (), "sample.responses"),
+        ({}, ("--train.lrr", "1"), "did you mean '--train.lr'"),
+        ({"data.max_prompt_tokens": "5"}, (), "no prompt is within data.max_prompt_tokens=5"),
+        ({"sft.enabled": "false"}, (), "score.reward dpo needs sft.enabled"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_half_done(tiny, tmp_path, capsys, changes, more, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, tmp_path / "run", *more, **changes))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_pair_at_all_is_said_and_what_was_done_stays(tiny, tmp_path, capsys):
+    """Greedy-like sampling: all answers to a prompt are the same, so all rewards are tied."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, tmp_path / "run", **{"sample.top_p": "1e-6", "evaluate.enabled": "false"}))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "iter1/rank: none of 6 prompts make a pair (6 tied); sample more responses" in last
+    assert stages(tmp_path / "run") == ["prompts", "sft", "iter1/sample", "iter1/score"]
+
+
+def test_a_prompt_beyond_the_context_is_named(tiny, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 2000}) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, tmp_path / "run", **{"data.prompts": str(tmp_path / "long.jsonl")}))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "tokens; the model's context is 1024" in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(finished, tiny, capsys):
+    before = sorted(str(p) for p in finished.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, finished))
+    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
+    assert sorted(str(p) for p in finished.rglob("*")) == before
