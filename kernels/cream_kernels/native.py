@@ -1,0 +1,64 @@
+"""The optional native library: libcream_native.so beside this file, torch-free C++ loaded by ctypes.
+
+`load()` gives the library or None, `why_not()` the reason for None. Both decide once, at the first call, and log
+nothing: whoever uses the library says what it found. CREAM_NATIVE=0 in the environment switches it off.
+
+torch is imported before it, so on Linux its OpenMP calls bind to the libgomp that torch's wheel brings: one pool of
+threads serves both, and neither spins against the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch  # noqa: F401  # for its libgomp, see above
+
+LIBRARY = Path(__file__).with_name("libcream_native.so")
+ABI = 1  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+
+
+def load() -> ctypes.CDLL | None:
+    """The library with its functions' signatures set, or None where why_not() has a reason."""
+    return _decide()[0]
+
+
+def why_not() -> str | None:
+    """Why load() gives None, as a sentence without a full stop; None where the library is loaded."""
+    return _decide()[1]
+
+
+@cache
+def _decide() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("CREAM_NATIVE", "1").lower() in ("0", "off", "no", "false"):
+        return None, f"switched off by CREAM_NATIVE={os.environ['CREAM_NATIVE']}"
+    if not LIBRARY.exists():
+        return None, f"{LIBRARY.name} was not built: install cmake and a C++ compiler, then this package again"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"{LIBRARY.name} does not load: {error}"
+    try:
+        abi = library.cream_native_abi()
+    except AttributeError:
+        return None, f"{LIBRARY} is not cream's library"
+    if abi != ABI:
+        return None, f"{LIBRARY.name} was built from other sources (ABI {abi}, not {ABI}): install this package again"
+    library.cream_top_p_isa.restype = ctypes.c_int
+    library.cream_top_p_sample.restype = ctypes.c_int64
+    library.cream_top_p_sample.argtypes = [
+        ctypes.c_void_p,  # logits
+        ctypes.c_int,  # is_bf16
+        ctypes.c_int64,  # N
+        ctypes.c_int64,  # V
+        ctypes.c_int64,  # row stride, elements
+        ctypes.c_void_p,  # uniform
+        ctypes.c_double,  # temperature
+        ctypes.c_double,  # top_p
+        ctypes.c_void_p,  # tokens
+        ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
+    ]
+    return library, None
