@@ -10,6 +10,7 @@ arguments on to us, which is how the sampler's cache (`kv`) gets here.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,20 +35,20 @@ class Backend:
         return f"cream_{self.name.replace('-', '_')}"
 
 
-def _cannot_import(module: str) -> str | None:
-    """Why `import module` fails, or None. Imports for real: a namespace left by another package fools find_spec."""
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return f"{module} cannot be imported ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return None
+def _needs_cuda(module: str, function: str) -> Callable[[], str | None]:
+    """Why `from module import function` cannot serve, or None.
 
+    It is tried, not looked up: a folder left by another package fools find_spec, and even a bare import.
+    """
 
-def _needs_cuda(module: str) -> Callable[[], str | None]:
     def why_not() -> str | None:
         if not torch.cuda.is_available():
             return "needs a CUDA device"
-        return _cannot_import(module)
+        try:
+            found = hasattr(importlib.import_module(module), function)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            return f"{module} cannot be imported ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return None if found else f"{module} cannot be imported (no {function} in it)"
 
     return why_not
 
@@ -86,10 +87,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 BACKENDS = (
-    Backend("flash-attn-4", _needs_cuda("flash_attn.cute.interface"), _flash_attn_4),
-    Backend("flash-attn-3", _needs_cuda("flash_attn_interface"), _flash_attn_3),
-    Backend("flash-attn-2", _needs_cuda("flash_attn"), _flash_attn_2),
-    Backend("xformers", _needs_cuda("xformers.ops"), _xformers),
+    Backend("flash-attn-4", _needs_cuda("flash_attn.cute.interface", "flash_attn_func"), _flash_attn_4),
+    Backend("flash-attn-3", _needs_cuda("flash_attn_interface", "flash_attn_func"), _flash_attn_3),
+    Backend("flash-attn-2", _needs_cuda("flash_attn", "flash_attn_func"), _flash_attn_2),
+    Backend("xformers", _needs_cuda("xformers.ops", "memory_efficient_attention"), _xformers),
     Backend("sdpa", lambda: None, _sdpa),
 )
 
@@ -106,13 +107,16 @@ def choose(name: str = "auto", dtype: torch.dtype | None = None) -> Backend:
     if name == "auto":
         backend = next(b for b in BACKENDS if reasons[b.name] is None)
         passed = ", ".join(f"{n}: {r}" for n, r in reasons.items() if r is not None)
-        say(f"attention: {backend.name}" + (f" (passed over {passed})" if passed else ""))
+        _say_once(f"attention: {backend.name}" + (f" (passed over {passed})" if passed else ""))
         return backend
     if name not in reasons:
         raise UserError(f"model.attention: no backend called {name!r}; there are auto, {', '.join(reasons)}")
     if reasons[name] is not None:
         raise UserError(f"model.attention: {name} cannot run here: {reasons[name]}; use --model.attention auto")
     return next(b for b in BACKENDS if b.name == name)
+
+
+_say_once = functools.cache(say)  # a run loads several models and chooses each time
 
 
 def register(backend: Backend) -> str:

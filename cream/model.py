@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -297,6 +298,10 @@ def save(directory: Path, model: nn.Module, tokenizer, card: str) -> None:
         model.config._attn_implementation = implementation
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in directory.iterdir():  # safetensors makes its files readable by their owner only
+        file.chmod(0o666 & ~mask)
 
 
 def model_card(name: str, parent: str, facts: Mapping[str, object]) -> str:

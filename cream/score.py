@@ -197,7 +197,7 @@ def sequence_rows(
     device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Right-padded ids (S, T), the flat rows (N,) of [0, S * T) whose hidden states predict a response token, those
-    tokens (N,), and cu_seqlens (S + 1,) int64 into them."""
+    tokens (N,), and cu_seqlens (S + 1,) int64 into them, on the CPU for loss kernels that loop over it."""
     longest = max(len(p) + len(r) for p, r in sequences)
     ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
     rows, targets, ends = [], [], [0]
@@ -207,4 +207,4 @@ def sequence_rows(
         rows.append(torch.arange(begin, begin + len(response)))
         targets.append(torch.tensor(response))
         ends.append(ends[-1] + len(response))
-    return ids.to(device), torch.cat(rows).to(device), torch.cat(targets).to(device), torch.tensor(ends).to(device)
+    return ids.to(device), torch.cat(rows).to(device), torch.cat(targets).to(device), torch.tensor(ends)

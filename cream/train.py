@@ -37,6 +37,7 @@ from cream.rows import is_file_name
 from cream.run import Run, Work, read_rows
 from cream.sample import sample
 from cream.score import score_all
+from cream_kernels import native
 
 
 @entry
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None, *, until: str | None = None) -> None
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     job = Job(config, argv, until)
+    if reason := native.why_not():
+        say(f"no native library ({reason}): torch draws the tokens, which is slower")
     with job.run:
         try:
             models = [job.initial()]

@@ -92,6 +92,8 @@ def test_saved_models_load_in_transformers(tiny, tokenizer, tmp_path, loaded):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     assert "| mean tau | 0.5 |" in (tmp_path / "out/README.md").read_text() and "from M1" in card
     assert (tmp_path / "out/generation_config.json").is_file()
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read the config may read the weights
     assert "cream" not in (tmp_path / "out/config.json").read_text()
 
 

@@ -251,3 +251,37 @@ def test_a_run_is_not_overwritten(finished, tiny, capsys):
         main(arguments(tiny, finished))
     assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
     assert sorted(str(p) for p in finished.rglob("*")) == before
+
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data here: real rows of the five tasks are not shipped")
+def test_real_rows_of_five_tasks_mixed_with_prompt_only_rows(tiny, tmp_path):
+    (tmp_path / "own.jsonl").write_text(
+        json.dumps({"prompt": "Say hello."}) + "\n" + json.dumps({"prompt": "Say goodbye."}) + "\n"
+    )
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "And you?"}]}) + "\n")
+    tasks = ("gsm8k", "arc_easy", "arc_challenge", "openbookqa", "social_i_qa")
+    files = {split: " ".join(str(REAL / task / f"{split}.jsonl") for task in tasks) for split in ("train", "test")}
+    main(
+        arguments(
+            tiny,
+            tmp_path / "run",
+            **{
+                "data.prompts": f"{files['train']} {tmp_path}/own.jsonl {tmp_path}/chat.jsonl",
+                "data.sft": f"{REAL}/sft_oasst1/messages.jsonl {REAL}/sft_self_instruct/train.jsonl",
+                "data.sft_limit": "8",
+                "data.evaluate": files["test"],
+                "data.evaluate_limit": "2",
+                "data.prompts_per_iteration": "12",
+                "run.iterations": "1",
+                "sft.max_length": "900",
+            },
+        )
+    )
+    [result] = rows(tmp_path / "run/eval/m2.json")
+    assert {task: t["n"] for task, t in result["tasks"].items()} == dict.fromkeys(
+        ("gsm8k", "arc_easy", "arc_challenge", "openbookqa", "siqa"), 2
+    )
+    assert len(rows(tmp_path / "run/prompts/iter1.jsonl")) == 12
