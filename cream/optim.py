@@ -35,7 +35,7 @@ class AdamW:
         decayed = [m for m in self.masters.values() if m.ndim > 1]
         plain = [m for m in self.masters.values() if m.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, foreach=False)
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
 
     def accumulate(self) -> None:
         """Add the module's gradients to the masters' in float32 and free them."""
@@ -81,7 +81,7 @@ class AdamW:
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master/{name}"])
                 self.adamw.state[master] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=master.device),
                     **{m: tensors[f"{m}/{name}"].to(master.device).clone() for m in ("exp_avg", "exp_avg_sq")},
                 }
                 self.parameters[name].copy_(master)
@@ -117,8 +117,8 @@ def descend(
     keep: Path,  # where step checkpoints go
     metrics: Metrics,
     after: Callable[[int], None] = lambda step: None,
-) -> int:
-    """Run the schedule from the newest step checkpoint, or from the start; returns the tokens computed here.
+) -> dict[str, float | None]:  # for the ledger: steps, and tokens and tokens_per_second of this process's part of them
+    """Run the schedule from the newest step checkpoint, or from the start.
 
     `micro_losses(step)` yields, for each micro-batch of that step, its share of the loss, shares of the step's metrics
     (both sum to the step's values) and its number of tokens. It must be a pure function of the step, so that a resumed
@@ -131,7 +131,7 @@ def descend(
         start, tensors, _ = latest
         optimizer.load(tensors, start)
     metrics.rewind(stage, start)  # what a killed attempt wrote after its last checkpoint is written again
-    computed = 0
+    computed, seconds = 0, 0.0
     with progress(schedule.steps, stage, "steps", done=start) as bar:
         for step in range(start, schedule.steps):
             began, tokens, sums = time.perf_counter(), 0, {}
@@ -148,17 +148,18 @@ def descend(
                 norm = optimizer.step(rate, schedule.clip)
             except FloatingPointError as error:
                 raise UserError(f"{stage}: step {step}: {error}; {REMEDY}") from None
-            computed += tokens
+            spent = time.perf_counter() - began
+            computed, seconds = computed + tokens, seconds + spent
             metrics.write(
                 stage=stage,
                 step=step + 1,
                 lr=rate,
                 grad_norm=float(norm),
-                tokens_per_second=tokens / (time.perf_counter() - began),
+                tokens_per_second=tokens / spent,
                 **{key: float(value) for key, value in sums.items()},
             )
             after(step + 1)
             if schedule.checkpoint_every and (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
                 save_step(keep, step + 1, optimizer.state(), {"stage": stage})
             bar.update(1)
-    return computed
+    return {"steps": schedule.steps, "tokens": computed, "tokens_per_second": computed / seconds if seconds else None}

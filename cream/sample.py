@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,8 @@ from cream.model import context_length, head, hidden_states, stop_ids
 from cream.run import Work
 from cream_kernels import top_p_sample
 
-GROWTH = 64  # cache columns added at a time; finished sequences leave the batch at the same moments
+GROWTH = 64  # cache columns added at a time
+TIDY = 8  # steps between looks at whether a quarter of the sequences is finished and may leave the batch
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def generate(
     stop: Sequence[int],  # token ids that end an answer
     temperature: float = 1.0,
     top_p: float = 1.0,
+    tick: Callable[[int], None] = lambda finished: None,  # told how many sequences have just ended
 ) -> list[Response]:  # S, prompt-major
     """R continuations of each prompt; the prompt is computed once and its keys and values are handed to its responses.
 
@@ -89,6 +91,7 @@ def generate(
     stop_tokens = torch.tensor(list(stop), device=device)
     tokens = torch.zeros(S, max_new_tokens, dtype=torch.int64, device=device)
     counts = torch.zeros(S, dtype=torch.int64, device=device)
+    ended = 0  # of those in the batch
     draws = torch.zeros(S, max_new_tokens, dtype=torch.float64) if uniform is None else torch.from_numpy(uniform)
     draws = draws.to(device)
 
@@ -99,14 +102,15 @@ def generate(
         tokens[live, step] = token
         counts[live] += ~done
         done = done | torch.isin(token, stop_tokens) | (limit[live] <= step + 1)
-        if kv.length == kv.capacity or step % GROWTH == GROWTH - 1:
-            keep = (~done).nonzero().flatten()
-            if len(keep) == 0:
-                break
-            kv = kv.select(keep, kv.length + GROWTH)
-            live, token, position, done = live[keep], token[keep], position[keep], done[keep]
-        elif bool(done.all()):
+        ended, before = int(done.sum()), ended
+        tick(ended - before)
+        if ended == len(done):
             break
+        full = kv.length == kv.capacity
+        if full or (step % TIDY == TIDY - 1 and 4 * ended >= len(done)):
+            keep, ended = (~done).nonzero().flatten(), 0
+            kv = kv.select(keep, kv.length + GROWTH if full else kv.capacity)
+            live, token, position, done = live[keep], token[keep], position[keep], done[keep]
         if step + 1 < max_new_tokens:
             position = (position + 1).clamp(max=context - 1)  # finished rows idle at the last position
             hidden = hidden_states(model, token[:, None], position[:, None], kv)[:, -1]
@@ -152,6 +156,7 @@ def sample(
                 stop=stop,
                 temperature=config.temperature,
                 top_p=config.top_p,
+                tick=bar.update,
             )
             drawn += sum(len(a.ids) for a in answers)
             rows = [
@@ -168,7 +173,6 @@ def sample(
                 for r in range(R)
             ]
             work.put("responses", unit, rows)
-            bar.update(len(members) * R)
     if todo:
         work.facts(tokens=drawn, tokens_per_second=drawn / (time.perf_counter() - started))
     place = {e.id: n for n, e in enumerate(examples)}

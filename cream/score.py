@@ -10,7 +10,7 @@ out). The previous model's reward is the same with theta_(t-1) in pi's place.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ def score(
     model: nn.Module,
     groups: Sequence[Group],
     batch_tokens: int,
+    tick: Callable[[int], None] = lambda groups: None,  # told how many groups have just been scored
 ) -> list[list[float]]:  # per group, R sums of log-probs, nats
     """log pi(response | prompt) of every response, each prompt computed once for all its responses.
 
@@ -83,6 +84,7 @@ def score(
         sums = logp.view(len(responses), longest).sum(1).split(counts)
         for i, values in zip(batch, sums, strict=True):
             totals[i] = values.tolist()
+        tick(len(batch))
     return totals
 
 
@@ -162,10 +164,10 @@ def score_all(
                 model = resident.at(checkpoints[name])
                 start = time.perf_counter()
                 chunk = [groups[i] for i in units[unit]]
-                work.put(name, unit, [{"logp": values} for values in score(model, chunk, config.batch_tokens)])
+                found = score(model, chunk, config.batch_tokens, tick=bar.update)
+                work.put(name, unit, [{"logp": values} for values in found])
                 seconds += time.perf_counter() - start
                 scored += sum(len(p) + sum(map(len, answers)) for p, answers in chunk)
-                bar.update(len(chunk))
     work.facts(tokens=scored, tokens_per_second=scored / seconds if seconds else None)
 
     def column(name: str) -> np.ndarray:

@@ -57,9 +57,7 @@ def train(
     fitting = [(ids, labels) for ids, labels in encoded if len(ids) <= config.max_length]
     if len(fitting) < len(encoded):
         left_out = len(encoded) - len(fitting)
-        say(
-            f"sft: {left_out} of {len(encoded)} conversations exceed sft.max_length={config.max_length}: left out"
-        )
+        say(f"sft: {left_out} of {len(encoded)} conversations exceed sft.max_length={config.max_length}: left out")
     if not fitting:
         raise UserError("data.sft: no conversation fits sft.max_length")
     steps = windows(len(fitting), config.batch_size, config.epochs, seed)
@@ -77,8 +75,8 @@ def train(
             halfway()
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
-    tokens = descend(model, micro_losses, schedule, stage="sft", keep=work.keep("steps"), metrics=metrics, after=after)
-    work.facts(tokens=tokens, conversations=len(fitting), steps=len(steps))
+    facts = descend(model, micro_losses, schedule, stage="sft", keep=work.keep("steps"), metrics=metrics, after=after)
+    work.facts(conversations=len(fitting), too_long=len(encoded) - len(fitting), **facts)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from cream.data import (
     split_rounds,
 )
 from cream.evaluate import evaluate
-from cream.log import Metrics, UserError, entry, say
+from cream.log import Metrics, UserError, entry, progress, say
 from cream.model import Resident, config_value, fetch, import_model, load_tokenizer, model_card, save
 from cream.rows import is_file_name
 from cream.run import Run, Work, read_rows
@@ -127,7 +127,7 @@ class Job:
 
         def body(work: Work) -> None:
             rounds = split_rounds(
-                self.fitting(self.examples, context),
+                self.fitting("data.prompts", self.examples, context),
                 iterations,
                 data.prompts_per_iteration,
                 self.config.run.seed,
@@ -135,7 +135,7 @@ class Job:
             for t, examples in enumerate(rounds, start=1):
                 save_examples(work.path(f"prompts/iter{t}.jsonl"), examples)
             by_task: dict[str, list[Example]] = {}
-            for example in self.fitting(self.questions, context) if self.questions else []:
+            for example in self.fitting("data.evaluate", self.questions, context) if self.questions else []:
                 by_task.setdefault(example.task, []).append(example)
             questions = []
             for of in by_task.values():
@@ -153,22 +153,25 @@ class Job:
         *rounds, questions = self.stage("prompts", body, inputs, outputs, settings)
         return rounds, questions
 
-    def fitting(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def fitting(self, field: str, examples: Sequence[Example], context: int) -> list[Example]:
         """The examples within data.max_prompt_tokens; the others are counted. One beyond the context is an error."""
         limit, kept = self.config.data.max_prompt_tokens, []
-        for example in examples:
-            tokens = len(encode_prompt(self.tokenizer, example.messages))
-            if tokens >= context:
-                raise UserError(
-                    f"prompt {example.id} has {tokens} tokens; the model's context is {context}: remove or shorten it"
-                )
-            if tokens <= limit:
-                kept.append(example)
+        with progress(len(examples), field, "prompts") as bar:
+            for example in examples:
+                tokens = len(encode_prompt(self.tokenizer, example.messages))
+                if tokens >= context:
+                    raise UserError(
+                        f"{field}: prompt {example.id} has {tokens} tokens; the model's context is {context}: "
+                        "remove or shorten it"
+                    )
+                if tokens <= limit:
+                    kept.append(example)
+                bar.update(1)
         if len(kept) < len(examples):
             left_out = len(examples) - len(kept)
-            say(f"prompts: {left_out} of {len(examples)} are longer than data.max_prompt_tokens={limit}: left out")
+            say(f"{field}: {left_out} of {len(examples)} prompts exceed data.max_prompt_tokens={limit}: left out")
         if not kept:
-            raise UserError(f"data.prompts: no prompt is within data.max_prompt_tokens={limit}")
+            raise UserError(f"{field}: no prompt is within data.max_prompt_tokens={limit}")
         return kept
 
     def fine_tune(self, m0: Path) -> Path:
@@ -242,9 +245,10 @@ class Job:
         outputs = [f"iter{t}/pairs.jsonl", f"iter{t}/ranking.jsonl", f"iter{t}/ranking.json"]
 
         def body(work: Work) -> None:
-            pairs, rankings, summary = consistency.rank_round(
-                scores, read_rows(responses), read_examples(prompts), config
-            )
+            examples = read_examples(prompts)
+            with progress(len(examples), f"iter{t}/rank", "prompts") as bar:
+                pairs, rankings, summary = consistency.rank_round(scores, read_rows(responses), examples, config)
+                bar.update(len(examples))
             if not pairs:
                 why = ", ".join(f"{n} {reason}" for reason, n in summary["dropped"].items() if n)
                 raise UserError(

@@ -49,8 +49,9 @@ def test_accuracy_is_counted_a_task(loaded, tokenizer, work, monkeypatch):
     }
     asked = []
 
-    def generate(model, prompts, uniform, *, max_new_tokens, stop):
+    def generate(model, prompts, uniform, *, max_new_tokens, stop, tick):
         assert uniform is None and max_new_tokens == 9
+        tick(len(prompts))
         texts = [tokenizer.decode(p) for p in prompts]
         asked.extend(texts)
         names = [next(e.id for e in examples if e.messages[0]["content"] in t) for t in texts]

@@ -55,7 +55,9 @@ def test_a_stop_token_ends_an_answer_and_is_part_of_it(loaded, tokenizer):
     free = generate(loaded, prompts, None, max_new_tokens=70, stop=[])
     assert [len(a.ids) for a in free] == [70] * 3 and {a.finish for a in free} == {"length"}
     stop = free[0].ids[5]
-    stopped = generate(loaded, prompts, None, max_new_tokens=70, stop=[stop])
+    ticks = []
+    stopped = generate(loaded, prompts, None, max_new_tokens=70, stop=[stop], tick=ticks.append)
+    assert sum(ticks) == 3
     for before, after in zip(free, stopped, strict=True):
         end = before.ids.index(stop) + 1 if stop in before.ids else 70
         assert after.ids == before.ids[:end]
