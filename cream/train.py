@@ -178,7 +178,7 @@ class Job:
         """M1: the user's own, or SFT of M0. Keeps the half-way checkpoint where the first round wants it."""
         config, data = self.config.sft, self.config.data
         if not config.enabled:
-            return Path(fetch(self.config.model, config.path)[0]) if config.path else m0
+            return self.given(config.path) if config.path else m0
         half = self.config.score.first_round == "sft_half"
 
         def body(work: Work) -> None:
@@ -210,6 +210,13 @@ class Job:
         settings = {**self.numerics, **asdict(config), "sources": data.sft, "limit": data.sft_limit}
         inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
         return self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings)[0]
+
+    def given(self, path: str) -> Path:
+        """The user's own M1, which must read and write M0's tokens."""
+        m1 = Path(fetch(self.config.model, path)[0])
+        if load_tokenizer(m1).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(f"sft.path: {path} has another vocabulary than model.path: the two cannot score each other")
+        return m1
 
     def previous(self, t: int, models: Sequence[Path]) -> Path:
         """theta_(t-1); in the first round M0, or the half-way SFT checkpoint where asked."""

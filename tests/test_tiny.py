@@ -227,6 +227,21 @@ def test_mistakes_are_one_line_and_leave_nothing_half_done(tiny, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
+def test_a_given_m1_starts_the_rounds_and_needs_the_same_vocabulary(tiny, other, tokenizer, tmp_path, capsys):
+    given = {"sft.enabled": "false", "sft.path": str(other), "evaluate.enabled": "false", "run.iterations": "1"}
+    main(arguments(tiny, tmp_path / "run", **given))
+    table = pyarrow.parquet.read_table(tmp_path / "run/iter1/scores.parquet").to_pylist()
+    assert any(row["reward"] for row in table) and "sft" not in stages(tmp_path / "run")
+    foreign = shutil.copytree(other, tmp_path / "foreign")
+    tokens = json.loads((foreign / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, tmp_path / "new", **given | {"sft.path": str(foreign)}))
+    assert stop.value.code == 2 and "another vocabulary than model.path" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_no_pair_at_all_is_said_and_what_was_done_stays(tiny, tmp_path, capsys):
     """Greedy-like sampling: all answers to a prompt are the same, so all rewards are tied."""
     with pytest.raises(SystemExit) as stop:
