@@ -81,6 +81,9 @@ class Job:
     def __init__(self, config: Config, argv: Sequence[str], until: str | None):
         """Everything that the user may have got wrong in data and model names is looked at before the run is opened."""
         self.config, self.until = config, until
+        known = stage_names(config.run.iterations)
+        if config.run.only is not None and config.run.only not in known:
+            raise UserError(f"run.only: no stage {config.run.only!r}; there are {', '.join(known)}")
         data = config.data
         self.source, self.gguf = fetch(config.model)
         self.examples = load_prompts(data.prompts)
@@ -178,6 +181,8 @@ class Job:
         """M1: the user's own, or SFT of M0. Keeps the half-way checkpoint where the first round wants it."""
         config, data = self.config.sft, self.config.data
         if not config.enabled:
+            if "sft" in (self.until, self.config.run.only):
+                raise UserError("sft.enabled is false: there is no SFT to run")
             return self.given(config.path) if config.path else m0
         half = self.config.score.first_round == "sft_half"
 
@@ -289,12 +294,11 @@ class Job:
 
     def evaluate(self, t: int, model: Path, questions: Path) -> None:
         config, stage = self.config.evaluate, f"eval/m{t}"
-        if (
-            not config.enabled
-            or not self.config.data.evaluate
-            or (config.models == "last" and t <= self.config.run.iterations)
-        ):
+        wanted = config.enabled and (config.models == "all" or t == self.config.run.iterations + 1)
+        if not wanted and stage not in (self.until, self.config.run.only):
             return
+        if not self.questions:
+            raise UserError("data.evaluate is empty: name a file, a hub data set or a builtin:... source")
 
         def body(work: Work) -> None:
             module = self.resident.at(model)
@@ -314,6 +318,15 @@ class Job:
             **{f"SHA-256 of {file.name}": hash_tree(file) for file in files},
             "command": f"`{self.command}`",
         }
+
+
+def stage_names(iterations: int) -> list[str]:
+    """The stages of a run in their order."""
+    rounds = (
+        [f"iter{t}/sample", f"iter{t}/score", f"iter{t}/rank", f"iter{t}/train", f"eval/m{t + 1}"]
+        for t in range(1, iterations + 1)
+    )
+    return ["import", "prompts", "eval/m0", "sft", "eval/m1", *(name for names in rounds for name in names)]
 
 
 def local_files(sources: Sequence[str]) -> list[Path]:
