@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cream.config import TrainConfig
-from cream.log import Metrics, say
+from cream.log import Metrics, UserError, say
 from cream.model import head, hidden_states
 from cream.optim import Schedule, descend
 from cream.run import Work
@@ -95,6 +95,8 @@ def train(
     if len(fitting) < len(pairs):
         left_out = len(pairs) - len(fitting)
         say(f"{stage}: {left_out} of {len(pairs)} pairs are longer than train.max_length={config.max_length}: left out")
+    if not fitting:
+        raise UserError(f"{stage}: no pair fits train.max_length={config.max_length}")
     steps = windows(len(fitting), config.batch_size, config.epochs, seed)
 
     def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from cream import consistency, dpo, report, sft
+from cream.attention import choose
 from cream.checkpoint import hash_tree
 from cream.config import Config, parse, to_yaml
 from cream.data import (
@@ -32,7 +33,7 @@ from cream.data import (
 )
 from cream.evaluate import evaluate
 from cream.log import Metrics, UserError, entry, progress, say
-from cream.model import Resident, config_value, fetch, import_model, load_tokenizer, model_card, save
+from cream.model import Resident, choose_dtype, config_value, fetch, import_model, load_tokenizer, model_card, save
 from cream.rows import is_file_name
 from cream.run import Run, Work, read_rows
 from cream.sample import sample
@@ -92,8 +93,11 @@ class Job:
         self.run = Run(Path(config.run.dir), to_yaml(config), resume=config.resume)
         self.metrics = Metrics(self.run.directory / "metrics.jsonl")
         self.command = shlex.join(["python", "-m", "cream.train", *(a for a in argv if a != "--resume")])
-        # What changes the numbers of every stage that computes, besides the stage's own settings:
-        self.numerics = {"seed": config.run.seed, "dtype": config.model.dtype, "attention": config.model.attention}
+        # What changes the numbers of every stage that computes, besides the stage's own settings; "auto" is resolved,
+        # so that a run that goes on on another machine notices.
+        dtype = choose_dtype(config.model.dtype)
+        backend = choose(config.model.attention, dtype).name
+        self.numerics = {"seed": config.run.seed, "dtype": str(dtype), "attention": backend}
 
     def stage(
         self, name: str, body: Callable[[Work], object], inputs: dict, outputs: list[str], settings: dict
@@ -117,7 +121,7 @@ class Job:
                 lambda work: import_model(self.config.model, work.path("m0")),
                 {"gguf": Path(self.source, self.gguf)},
                 ["m0"],
-                {"dtype": self.config.model.dtype},
+                {"dtype": self.numerics["dtype"]},
             )
         self.tokenizer = load_tokenizer(m0)
         self.resident = Resident(m0, self.config.model)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from cream.config import ModelConfig, TrainConfig
 from cream.dpo import loss_of, train, windows
-from cream.log import Metrics
+from cream.log import Metrics, UserError
 from cream.model import load
 from cream.score import score
 
@@ -128,3 +128,6 @@ def test_pairs_that_are_too_long_are_left_out_and_said(tmp_path, tiny, loaded, w
     config = TrainConfig(batch_size=4, micro_batch_size=2, max_length=45)
     train(model, pairs, config, work, Metrics(tmp_path / "m.jsonl"), stage="iter1/train", seed=0)
     assert "iter1/train: 1 of 4 pairs are longer than train.max_length=45: left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="iter1/train: no pair fits train.max_length=4"):
+        config = TrainConfig(batch_size=4, micro_batch_size=2, max_length=4)
+        train(model, pairs, config, work, Metrics(tmp_path / "m.jsonl"), stage="iter1/train", seed=0)
