@@ -7,24 +7,16 @@ implementations take turns, so that whatever else the machine does falls on all 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import re
-import statistics
-import time
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from bench import harness
 from cream_kernels import native
 from cream_kernels.top_p import top_p_sample_native, top_p_sample_reference, top_p_sample_torch
 
-RESULTS = Path(__file__).parent / "results" / "top_p.jsonl"
 TEMPERATURE, TOP_P = 0.8, 0.95
 
 
@@ -70,27 +62,6 @@ def check(logits: Tensor, uniform: Tensor, run: dict) -> None:
         assert inside.gather(1, tokens[:, None]).sum() >= len(tokens) - 1, f"{name} leaves transformers' nucleus"
 
 
-def measure(run: dict, repeats: int, device: str) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in run}
-    for repeat in range(repeats + 1):
-        for name, function in run.items():
-            start = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first turn warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
-    return models[0] if models else platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 160])
@@ -98,27 +69,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(args.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as out:
-        for N in args.rows:
-            for dtype in (torch.float32, torch.bfloat16):
-                logits, uniform = like_a_language_model(N, args.vocabulary, dtype, args.device)
-                run = implementations(logits, uniform)
-                check(logits, uniform, run)
-                for name, ms in measure(run, args.repeats, args.device).items():
-                    p20, p50, p80 = (statistics.quantiles(ms, n=10)[i] for i in (1, 4, 7))
-                    row = {"shape": [N, args.vocabulary], "dtype": str(dtype).removeprefix("torch."), "impl": name}
-                    row |= {"ms": round(p50, 4), "p20": round(p20, 4), "p80": round(p80, 4)}
-                    out.write(json.dumps(facts | row) + "\n")
-                    shape = f"{N:4} x {args.vocabulary} {row['dtype']:9}"
-                    print(f"{shape} {name:13} {p50:9.3f} ms  ({p20:.3f} to {p80:.3f})")
+    known, rows = harness.facts(args.device), []
+    for N in args.rows:
+        for dtype in (torch.float32, torch.bfloat16):
+            logits, uniform = like_a_language_model(N, args.vocabulary, dtype, args.device)
+            run = implementations(logits, uniform)
+            check(logits, uniform, run)
+            for name, ms in harness.interleave(run, args.repeats, args.device).items():
+                row = {"shape": [N, args.vocabulary], "dtype": str(dtype).removeprefix("torch."), "impl": name}
+                row |= harness.spread(ms)
+                rows.append(known | row)
+                shape = f"{N:4} x {args.vocabulary} {row['dtype']:9}"
+                print(f"{shape} {name:13} {row['ms']:9.3f} ms  ({row['p20']:.3f} to {row['p80']:.3f})")
+    harness.record("top_p", rows)
 
 
 if __name__ == "__main__":
