@@ -89,7 +89,7 @@ class ModelConfig:
     )
     revision: str | None = _field(None, ANY_TEXT, "hub revision (branch, tag or commit); null takes the newest")
     dtype: Literal["auto", "float32", "bfloat16"] = _field(
-        "auto", CHOICE, "type of the weights; auto is bfloat16 where GPU or CPU multiplies it natively, else float32"
+        "auto", CHOICE, "type of the weights; auto is bfloat16 on a GPU that has it, else float32"
     )
     attention: str = _field("auto", TEXT, "attention backend; auto takes the fastest that can run and says why")
     gradient_checkpointing: bool = _field(

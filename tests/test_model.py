@@ -109,7 +109,14 @@ def test_generation_config_and_tokenizer_end_answers(loaded, tokenizer):
 
 def test_dtype_by_name_and_by_machine(monkeypatch):
     assert choose_dtype("bfloat16") == torch.bfloat16 and choose_dtype("float32") == torch.float32
-    assert choose_dtype("auto") in (torch.bfloat16, torch.float32)
+    for gpu, native, dtype in (
+        (False, True, torch.float32),
+        (True, False, torch.float32),
+        (True, True, torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native: native)
+        assert choose_dtype("auto") == dtype
 
 
 @pytest.mark.parametrize(
