@@ -21,6 +21,25 @@ from cream.log import Metrics, UserError, progress
 REMEDY = "no weight of that step was changed and the stage is not done: try a lower learning rate"
 
 
+def dithered(weight: Tensor) -> Tensor:  # float32, of weight's shape
+    """A float32 master somewhere in the interval that rounds to the bfloat16 weight, drawn evenly, the same each time.
+
+    A master equal to the weight would have to move by half a bfloat16 step, 0.2 to 0.4% of the weight, before the model
+    saw anything, and a short training at a small rate would be rounded away whole. From here a move by a fraction f of
+    a step changes that fraction of the weights: what the model sees is the masters' move, in the mean.
+    """
+    if weight.dtype != torch.bfloat16:
+        raise ValueError(f"masters are for bfloat16 weights, not {weight.dtype}")
+    generator = torch.Generator(weight.device).manual_seed(0)
+    low_bits = torch.randint(
+        -0x7FFF, 0x8000, weight.shape, generator=generator, device=weight.device, dtype=torch.int32
+    )
+    bits = weight.detach().float().view(torch.int32)
+    # float32 bits are ordered as magnitudes, exponents included. Zero and subnormals have no room below: left alone.
+    normal = weight.abs() >= torch.finfo(torch.bfloat16).tiny * 2
+    return torch.where(normal, bits + low_bits, bits).view(torch.float32)
+
+
 class AdamW:
     """torch.optim.AdamW on float32 masters of a module's parameters.
 
@@ -29,9 +48,7 @@ class AdamW:
 
     def __init__(self, model: nn.Module, *, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)):
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.masters = {
-            n: p if p.dtype == torch.float32 else p.detach().float().clone() for n, p in self.parameters.items()
-        }
+        self.masters = {n: p if p.dtype == torch.float32 else dithered(p) for n, p in self.parameters.items()}
         decayed = [m for m in self.masters.values() if m.ndim > 1]
         plain = [m for m in self.masters.values() if m.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
