@@ -247,7 +247,9 @@ def test_kill_while_a_model_directory_is_replaced(server, source, tmp_path):
             seen.add((directory / "iter1/model").exists())
             chain(directory, source, CONFIG, resume=True)
             assert tree(directory) == tree(old), call
-    assert seen == {True, False}  # the moment between the two renames was among them
+    # The moment between the two renames was among them. (pathlib of Python 3.10 binds os.rename when it is imported, so
+    # there the call in between is not one that this test can count and kill at.)
+    assert seen == {True, False} or sys.version_info < (3, 11)
 
 
 def test_parts_and_steps_are_not_done_twice(source, tmp_path):
