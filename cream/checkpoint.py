@@ -87,7 +87,11 @@ def make_directory(path: Path) -> None:
     """mkdir -p whose new names are durable."""
     if not path.is_dir():
         make_directory(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            os.mkdir(path)
+        except FileExistsError:  # another process was quicker
+            if not path.is_dir():
+                raise
         fsync(path.parent)
 
 
@@ -291,7 +295,7 @@ def save_step(
         for left in directory.glob("step-*.tmp"):
             remove(left)
         try:
-            beside.mkdir()
+            os.mkdir(beside)
             plain, aliases = _untie(tensors)
             save_file(plain, beside / TENSORS)
             fsync(beside / TENSORS)

@@ -60,7 +60,7 @@ class Work:
         if output not in self.outputs:
             raise ValueError(f"{output!r} is not among the outputs of this stage: {', '.join(self.outputs)}")
         path = self.directory / "out" / output
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         return path
 
     def finish(self, output: str) -> None:
