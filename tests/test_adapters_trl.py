@@ -10,6 +10,9 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -294,6 +297,26 @@ def test_head_is_trls_field_by_field(tiny, settings, scale, shifted):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
     for a, b in zip(our_grads, their_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_head_that_is_sharded_by_itself(tiny):
+    """FSDP2 over the head alone leaves it sharded while the model runs: it is gathered, and so is its gradient."""
+    ids = torch.arange(12).view(2, 6)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        grads = []
+        for shard in (False, True):
+            model = load(tiny)
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied
+            if shard:
+                fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (1,)))
+            adapter.add_cream_head(model)
+            assert isinstance(model.lm_head.weight, DTensor) == shard
+            model(ids, labels=ids, fused_lm_head=True).loss.backward()
+            grads.append(model.lm_head.weight.grad)
+        assert torch.equal(grads[1].full_tensor(), grads[0])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_no_label_at_all(tiny):
