@@ -124,8 +124,8 @@ setup(
         "vllm": ["vllm>=0.22"],  # pins its own torch: give it an environment of its own
         "hub": ["kernels>=0.16"],  # Hugging Face's loader; kernels/export_hub.py makes what it loads
         "bench": ["trl>=1.15", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", "torchmetrics>=1.4"],
-        # The tests of what is optional skip without it; these are there so that they do not. A CUDA torch brings its own
-        # triton, a CPU torch none, and liger-kernel and cut-cross-entropy do not import without one.
+        # The tests of what is optional skip without it; these are there so that they do not. A CUDA torch brings its
+        # own triton, a CPU torch none, and liger-kernel and cut-cross-entropy do not import without one.
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",

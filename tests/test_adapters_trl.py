@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import math
 import sys
 
 import pytest
 import torch
+import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -213,6 +215,10 @@ def test_precomputed_reference_and_evaluation(train, tiny, theirs):
     assert ours.evaluate(rows([0.5] * 4))["eval_consistency"] == 0.5
 
 
+def test_weight_of_the_loss(train):
+    assert train(ConsistencyDPOTrainer, loss_weights=[0.5]).losses[0] == pytest.approx(0.5 * math.log(2))
+
+
 def test_low_rank_model(train):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -297,6 +303,26 @@ def test_head_is_trls_field_by_field(tiny, settings, scale, shifted):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
     for a, b in zip(our_grads, their_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, settings",
+    [("Cohere", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 8.0})],
+)
+def test_head_is_the_models_own(family, settings):
+    """Against log_softmax of the logits that other families make, each with its own scale."""
+    shape = dict(vocab_size=70, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = getattr(transformers, f"{family}Config")(**shape, num_key_value_heads=2, head_dim=8, **settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)  # so that a scale is seen
+        ids = torch.randint(70, (2, 9))
+        expected = model(ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        adapter.add_cream_head(model)
+        ours = model(ids, labels=ids, fused_lm_head=True).log_probs
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_head_that_is_sharded_by_itself(tiny):

@@ -86,7 +86,10 @@ def add_cream_head(
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return plain_forward(*args, **kwargs, **{key: value for key, value in given.items() if value is not None})
         if kwargs.get("output_router_logits") or getattr(config, "output_router_logits", False):
-            raise ValueError("cream_head has no router's auxiliary loss: set router_aux_loss_coef to 0")
+            raise ValueError(
+                "cream_head has no router's auxiliary loss: set the trainer's router_aux_loss_coef to 0 and the model's"
+                " output_router_logits to False"
+            )
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state  # (B, S, D)
         head = self.get_output_embeddings()
         weight, bias = _whole(head.weight), _whole(head.bias)
@@ -231,7 +234,7 @@ class ConsistencyDPOTrainer(dpo_trainer.DPOTrainer):
             if name != "num_tokens":
                 metrics[name].append(total / count if count else 0.0)
             elif self.model.training:
-                self._total_train_tokens += total // self._tp_size
+                self._total_train_tokens += int(total) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
 
 
