@@ -62,15 +62,19 @@ def three_steps(kind, path, tokenizer, out, data=None, *, head=contextlib.nullco
         disable_tqdm=True,
     )
     more = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
+    model = load(path)
+    for each in (model, more.get("ref_model", model)):
+        each.register_forward_pre_hook(lambda _, args, given: seen.update(given), with_kwargs=True)
+    seen: set[str] = set()
     with head():
         trainer = kind(
-            model=load(path),
+            model=model,
             args=DPOConfig(**(settings | changes)),
             train_dataset=rows() if data is None else data,
             processing_class=copy.deepcopy(tokenizer),
             **more,
         )
-    trainer.losses = []
+    trainer.losses, trainer.seen = [], seen
     compute = trainer.compute_loss
 
     def recording(*args, **kwargs):
@@ -80,6 +84,7 @@ def three_steps(kind, path, tokenizer, out, data=None, *, head=contextlib.nullco
 
     trainer.compute_loss = recording
     trainer.train()
+    assert "fused_lm_head" in seen and "consistency" not in seen  # transformers would swallow it, other models not
     return trainer
 
 
@@ -213,6 +218,7 @@ def test_precomputed_reference_and_evaluation(train, tiny, theirs):
     close(ours.losses, theirs.losses)
     assert ours.evaluate()["eval_consistency"] == 0.4375
     assert ours.evaluate(rows([0.5] * 4))["eval_consistency"] == 0.5
+    assert "consistency" not in ours.seen
 
 
 def test_weight_of_the_loss(train):
