@@ -282,7 +282,12 @@ def test_refuses_settings_by_name(train, setting):
 
 @pytest.mark.parametrize(
     "settings, scale",
-    [({}, 1.0), ({"logit_scale": 0.5}, 0.5), ({"logits_scaling": 4.0}, 0.25), ({"output_multiplier": 2.0}, 2.0)],
+    [
+        ({}, 1.0),
+        ({"logit_scale": 0.5}, 0.5),
+        ({"logits_scaling": 4.0}, 0.25),
+        ({"final_logit_softcapping": 1.5, "output_multiplier": 2.0}, 2.0),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
@@ -313,10 +318,14 @@ def test_head_is_trls_field_by_field(tiny, settings, scale, shifted):
 
 @pytest.mark.parametrize(
     "family, settings",
-    [("Cohere", {"logit_scale": 0.25}), ("Granite", {"logits_scaling": 8.0})],
+    [
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Gemma2", {"final_logit_softcapping": 2.0}),
+    ],
 )
 def test_head_is_the_models_own(family, settings):
-    """Against log_softmax of the logits that other families make, each with its own scale."""
+    """Against log_softmax of the logits that other families make, each with its own scale or cap."""
     shape = dict(vocab_size=70, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     config = getattr(transformers, f"{family}Config")(**shape, num_key_value_heads=2, head_dim=8, **settings)
     torch.manual_seed(0)
@@ -363,7 +372,6 @@ def test_no_label_at_all(tiny):
 @pytest.mark.parametrize(
     "settings, arguments, message",
     [
-        ({"final_logit_softcapping": 30.0}, {}, "llama caps its logits"),
         ({"logit_scale": 0.0}, {}, "llama multiplies its logits by 0.0"),
         ({}, {"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
         ({}, {"outputs": ("log_probs", "log_sum_sq_probs")}, "log_sum_sq_probs"),

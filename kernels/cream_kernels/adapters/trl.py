@@ -65,17 +65,15 @@ def add_cream_head(
     says. The head is looked up at each call, since FSDP and PEFT replace it after this; one that FSDP2 has sharded is
     gathered. The model's own forward is as before without fused_lm_head.
 
-    Raises ValueError for a model whose logits are capped, for mixture-of-experts' auxiliary loss, DeepSpeed ZeRO-3,
-    log_sum_sq_probs and cast_lm_head_to_fp32.
+    A model's scale and cap of logits are kept. Raises ValueError for mixture-of-experts' auxiliary loss, DeepSpeed
+    ZeRO-3, log_sum_sq_probs and cast_lm_head_to_fp32.
     """
     config = model.config.get_text_config()
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        raise ValueError(f"{config.model_type} caps its logits (final_logit_softcapping): cream_head does not")
     if cast_lm_head_to_fp32:
         raise ValueError("cast_lm_head_to_fp32 is not for cream_head: linear_logp accumulates in float32 as it is")
     if "log_sum_sq_probs" in outputs:
         raise ValueError("use_weighting needs log_sum_sq_probs, which cream_head does not compute")
-    scale = logit_scale(config)
+    scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None) or 0.0
     if not scale > 0:
         raise ValueError(f"{config.model_type} multiplies its logits by {scale}: cream_head takes scales above 0")
     plain_forward = model.forward
@@ -98,7 +96,7 @@ def add_cream_head(
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE) if shift_labels is None else shift_labels
         hidden, targets = hidden.to(weight.device), targets.to(weight.device)
         rows = hidden.flatten(0, 1), weight, targets.flatten()
-        settings = {"bias": bias, "temperature": temperature / scale}
+        settings = {"bias": bias, "temperature": temperature, "scale": scale, "softcap": softcap}
 
         def per_token(values: Tensor) -> Tensor:  # (N,) -> (B, S - 1), or (B, S) for labels that came shifted
             return values.view(targets.shape)[:, :width]
@@ -140,12 +138,15 @@ def _for_logs(
     *,
     bias: Tensor | None,  # (V,)
     temperature: float,
+    scale: float,
+    softcap: float,
 ) -> dict[str, Tensor]:  # (N,) each: entropy in nats, mean_logits, is_top1; 0 where the target is IGNORE
     kept = (targets != IGNORE).nonzero()[:, 0]
     entropy, mean = hidden.new_zeros((2, len(targets)), dtype=torch.float32)
     top1 = torch.zeros_like(targets, dtype=torch.bool)
     for rows in kept.split(max(1, 2**24 // weight.shape[0])):  # 64 MB of float32 logits
-        logits = functional.linear(hidden[rows], weight, bias).float() / temperature
+        logits = scale * functional.linear(hidden[rows], weight, bias).float()
+        logits = (softcap * (logits / softcap).tanh() if softcap else logits) / temperature
         logp = logits.log_softmax(1)
         entropy[rows] = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(1)  # 0 log 0 is 0
         mean[rows], top1[rows] = logits.mean(1), logits.argmax(1) == targets[rows]
