@@ -122,7 +122,7 @@ setup(
         "trl": ["trl>=1.15"],
         "peft": ["peft>=0.19"],
         "vllm": ["vllm>=0.22"],  # pins its own torch: give it an environment of its own
-        "hub": ["kernels>=0.16"],  # Hugging Face's loader; kernels/export_hub.py makes what it loads
+        "hub": ["kernels>=0.17"],  # Hugging Face's loader; kernels/export_hub.py makes what it loads
         "bench": ["trl>=1.15", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", "torchmetrics>=1.4"],
         # The tests of what is optional skip without it; these are there so that they do not. A CUDA torch brings its
         # own triton, a CPU torch none, and liger-kernel and cut-cross-entropy do not import without one.
@@ -134,7 +134,7 @@ setup(
             "setuptools>=77",
             "trl>=1.15; python_version >= '3.11'",
             "peft>=0.19",
-            "kernels>=0.16",
+            "kernels>=0.17",
             "torchmetrics>=1.4",
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "liger-kernel>=0.8; platform_system == 'Linux' and platform_machine == 'x86_64'",

@@ -27,7 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from cream_kernels.adapters import trl as adapter
 from cream_kernels.adapters.trl import ConsistencyDPOTrainer, cream_head
 
-BETA, RATE = 0.5, 0.1
+BETA, RATE = 0.5, 0.02
 CONSISTENCY = [1.0, 0.25, 0.5, 0.0]
 PAIRS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " five"},
@@ -219,6 +219,12 @@ def test_precomputed_reference_and_evaluation(train, tiny, theirs):
     assert ours.evaluate()["eval_consistency"] == 0.4375
     assert ours.evaluate(rows([0.5] * 4))["eval_consistency"] == 0.5
     assert "consistency" not in ours.seen
+
+
+def test_trls_own_defaults(train, theirs):
+    """bfloat16 autocast and gradient checkpointing, which TRL turns on by itself."""
+    ours = train(ConsistencyDPOTrainer, rows([1.0] * 4), head=cream_head, bf16=True, gradient_checkpointing=True)
+    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), rtol=0.03, atol=0)
 
 
 def test_weight_of_the_loss(train):
