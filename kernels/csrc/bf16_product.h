@@ -32,7 +32,7 @@
 namespace {
 
 constexpr int kRows = 6, kLanes = 16, kGroups = 4, kColumns = kGroups * kLanes;  // of a block; of a panel
-constexpr int64_t kStretch = 128;  // pairs in one running sum
+constexpr int64_t kStretch = 96;  // pairs in one running sum
 
 // Whether this processor has the instructions.
 inline bool processor_has_bf16() {

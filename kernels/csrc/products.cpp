@@ -81,7 +81,7 @@ TARGET void put(const float* tile, int64_t rows, int64_t columns, bool add, floa
 
 #endif
 
-// Returns 0, or -1 where this processor or build has no such instructions, or -2 without memory.
+// Returns 0, or -1 where cream_bf16_available is 0, or -2 without memory.
 EXPORT int cream_bf16_product(
     const void* left,  // (n, k): 0 bfloat16, 1 float32 that is rounded to it, 2 the same as (k, n)
     int left_kind,
