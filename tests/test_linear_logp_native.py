@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import sys
 
 import pytest
 import torch
 
-from cream_kernels import linear_logp as _  # noqa: F401  # the package exports the function under the module's name
 from cream_kernels import linear_logp_native as ours
 from cream_kernels import native, reference
 
-torch_body = sys.modules["cream_kernels.linear_logp"]
+torch_body = importlib.import_module("cream_kernels.linear_logp")  # the package's own name for it is the function
 LOWEST = torch.finfo(torch.float32).min
 SQUASHES = {
     "plain": {},
@@ -35,9 +34,12 @@ def problem(N, V, D, seed=0):
     return hidden, weight, targets, torch.randn(V, generator=g)
 
 
-def logits64(hidden, weight, bias=None, *, scale=1.0, softcap=0.0, temperature=1.0):
-    z = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
-    return (softcap * torch.tanh(z * scale / softcap) if softcap else z * scale) / temperature
+def squash64(x, *, scale=1.0, softcap=0.0, temperature=1.0):
+    return (softcap * torch.tanh(x * scale / softcap) if softcap else x * scale) / temperature
+
+
+def logits64(hidden, weight, bias=None, **squash):
+    return squash64(hidden.double() @ weight.double().T + (0 if bias is None else bias.double()), **squash)
 
 
 def statistics64(z, targets):
@@ -59,10 +61,12 @@ def worst(x, y):
 
 @needs_bf16
 @pytest.mark.parametrize("squash", SQUASHES)
-@pytest.mark.parametrize("N, V, D", [(1, 64, 32), (2, 1, 5), (6, 65, 1), (127, 1030, 64), (129, 515, 77), (8, 3001, 576)])
+@pytest.mark.parametrize(
+    "N, V, D", [(1, 64, 32), (2, 1, 5), (6, 65, 1), (127, 1030, 64), (129, 515, 77), (8, 3001, 576)]
+)
 def test_statistics_are_those_of_float64(N, V, D, squash):
-    hidden, weight, targets, bias = problem(N, V, D)
-    for bias in (None, bias):
+    hidden, weight, targets, some = problem(N, V, D)
+    for bias in (None, some):
         z = logits64(hidden, weight, bias, **SQUASHES[squash])
         wanted = statistics64(z, targets)
         found = ours.statistics(hidden, weight, targets, bias, **SQUASHES[squash], want_moment=True)
@@ -215,20 +219,17 @@ def test_products_keep_float32(n, c, D):
     assert (frame[:, :2] == 7).all() and (frame[:, -3:] == 7).all()
 
     coefficients = torch.randn(n, c, generator=g)
-    rounded = coefficients.bfloat16()
     for left, right in ((coefficients, weight), (coefficients.T, hidden)):
         product = left.bfloat16().double() @ right.double()
         scale = (left.bfloat16().double().abs() @ right.double().abs()).max()
         start = torch.randn(product.shape, generator=g)
-        for given in (left, left.bfloat16(), left.contiguous(), left.T.contiguous().T, left.repeat(2, 2)[::2, ::2]):
-            if given.shape != left.shape or not given.equal(left.to(given.dtype)):
-                given = left.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+        twice = left.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        for given in (left, left.bfloat16(), left.contiguous(), left.T.contiguous().T, twice[::2, ::2]):
             frame = torch.full((product.shape[0], D + 4), 7.0)
             frame[:, 1:-3] = start
             out = ours.add_product_(frame[:, 1:-3], given, right)
             assert worst(out, start + product) <= 1e-6 * scale + 1e-6
             assert (frame[:, :1] == 7).all() and (frame[:, -3:] == 7).all()
-    assert rounded.float().ne(coefficients).any() or n * c == 1
 
 
 @needs_bf16
@@ -285,17 +286,10 @@ def test_fold_is_one_step_of_the_online_logsumexp(fold, squash):
     bias[100:300] = -torch.inf if not SQUASHES[squash].get("softcap") else -3.0
     targets = torch.randint(533, (37,), generator=g)
     targets[:4] = torch.tensor([0, 99, 532, 400])
-    for b in (None, bias):
-        z = logits64(x, torch.eye(533), b, **SQUASHES[squash]) if b is None else None
-        if z is None:
-            z = x.double() + b.double()
-            options = {"scale": 1.0, "softcap": 0.0, "temperature": 1.0} | SQUASHES[squash]
-            z = z * options["scale"]
-            z = (options["softcap"] * torch.tanh(z / options["softcap"]) if options["softcap"] else z) / options[
-                "temperature"
-            ]
+    for some in (None, bias):
+        z = squash64(x.double() if some is None else x.double() + bias.double(), **SQUASHES[squash])
         maximum, others, target_logit, moment = statistics64(z, targets)
-        found = folded(fold, x, targets, [0, 100, 101, 300, 533], bias=b, **SQUASHES[squash])
+        found = folded(fold, x, targets, [0, 100, 101, 300, 533], bias=some, **SQUASHES[squash])
         picked = target_logit.isfinite()
         assert worst(found[0], maximum) < 3e-6 and worst(found[2][picked], target_logit[picked]) < 3e-6
         assert (found[2][~picked] == -torch.inf).all()

@@ -19,7 +19,7 @@ from . import native
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
-    """Why these two cannot go to statistics, logits_tile or add_product_, as a sentence without a full stop, or None."""
+    """Why these two cannot go to statistics, logits_tile or add_product_, without a full stop; None where they can."""
     if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"the native products are of bfloat16 on a CPU, not {hidden.dtype} on {hidden.device.type}"
     if hidden.shape[1] == 0:
@@ -54,10 +54,11 @@ def statistics(
 
     maximum and others leave the target out, as linear_logp.py has it, and maximum is the lowest finite number where
     nothing but the target is above -inf. moment = sum over v != y of exp(z_v - maximum) * (z_v - maximum), for the
-    entropy. A target outside [0, V) leaves target_logit nan and takes nothing out of the sum; a row with a nan among its
-    other logits gets nan, and no other row does.
+    entropy. A target outside [0, V) leaves target_logit nan and takes nothing out of the sum. A row with a nan among
+    its other logits gets nan, and no other row does.
 
-    2NDV floating-point operations; memory is a packed copy of hidden, 64 rows of weight a thread, and 12 NV / 512 bytes.
+    2NDV floating-point operations; memory is a packed copy of hidden, 64 rows of weight a thread, and 12 bytes a row
+    for every 512 tokens of the vocabulary.
     """
     hidden, weight = _dense_rows(hidden), _dense_rows(weight)
     targets = targets.contiguous()

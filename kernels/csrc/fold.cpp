@@ -15,6 +15,20 @@ namespace {
 
 constexpr float kLeast = -87.0f;  // exp below it is taken for 0: the end of float32's normal numbers
 
+// The bits of a float as an integer that compares like it. Clang does not vectorise a maximum of floats without
+// -ffast-math.
+INLINE int32_t ordered(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+INLINE float from_ordered(int32_t key) {
+  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
 // exp(x) = power * (1 + rest) for -87 <= x <= 87; a NaN comes out as one.
 INLINE float split_exp(float x, float& power) {
   const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
@@ -72,9 +86,13 @@ INLINE float fold_row(float* x, int64_t c, int64_t own, const Fold& f, float& ma
     target_logit = x[own];
     x[own] = -std::numeric_limits<float>::infinity();
   }
-  float top = maximum;
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < c; ++i) top = x[i] > top ? x[i] : top;
+  int32_t most = ordered(maximum);
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < c; ++i) {
+    const int32_t key = ordered(x[i]);
+    most = key > most ? key : most;
+  }
+  const float top = from_ordered(most);
   float sum = 0, first_moment = 0;
   if (moment) {
 #pragma omp simd reduction(+ : sum, first_moment)
