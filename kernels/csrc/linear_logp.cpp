@@ -1,10 +1,9 @@
 // The statistics of log softmax(hidden @ weight.T) for bfloat16 on CPUs with AVX512-BF16.
-// Meaning: _forward in linear_logp.py; the algebra stands at the head of that file.
+// Meaning: statistics in linear_logp_native.py; the algebra stands at the head of linear_logp.py.
 //
-// N rows, D hidden size, V vocabulary.
-//
-// Each lane keeps its own maximum and sum while a chunk of the vocabulary goes by. Chunks are of one size and are added
-// up in order, so nothing depends on the number of threads, and a row not on any other row.
+// N rows, D hidden size, V vocabulary. Each lane keeps its own maximum and sum while a chunk of the vocabulary
+// goes by. Chunks are of one size and are added up in order, so nothing depends on the number of threads, and a row not
+// on any other row.
 
 #include <cmath>
 #include <limits>
@@ -15,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 8;      // panels whose statistics are kept apart
+constexpr int64_t kChunk = 8;        // panels whose statistics are kept apart
 constexpr int64_t kTaskRows = 1536;  // and so many rows of them are one thread's at a time; a multiple of kRows
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -36,7 +35,7 @@ INLINE __m512 split_exp(__m512 x, __m512& power, __m512& f) {
   return _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472029e-1f));
 }
 
-// exp(x) for x of at most 100 and not below -200, where it is 0; relative error 1e-7 and 2e-8 x.
+// exp(x) for x of at most 100 and not below -200, where it is 0; relative error 1e-7 + 2e-8 |x|.
 INLINE __m512 exp(__m512 x) {
   __m512 power, f;
   const __m512 p = split_exp(x, power, f);
@@ -92,8 +91,9 @@ TARGET void fold(const float* tile, int64_t first, const float* bias, const __mm
   for (int64_t r = 0; r < rows; ++r, ++lanes) {
     __m512 z[kGroups];
     for (int g = 0; g < kGroups; ++g) {
-      const __m512 x = _mm512_add_ps(_mm512_load_ps(tile + r * kColumns + g * kLanes), _mm512_load_ps(bias + g * kLanes));
-      z[g] = _mm512_mask_mov_ps(squash<SOFTCAP>(x, s), missing[g], nothing);
+      const __m512 x = _mm512_load_ps(tile + r * kColumns + g * kLanes);
+      z[g] = squash<SOFTCAP>(_mm512_add_ps(x, _mm512_load_ps(bias + g * kLanes)), s);
+      z[g] = _mm512_mask_mov_ps(z[g], missing[g], nothing);
     }
     const int64_t own = targets[r] - first;
     if (uint64_t(own) < uint64_t(kColumns)) {
@@ -185,7 +185,7 @@ EXPORT int cream_bf16_available() {
 #endif
 }
 
-// Returns 0, or -1 where it is not available, or -2 without memory.
+// Returns 0, or -1 where cream_bf16_available is 0, or -2 without memory.
 EXPORT int cream_linear_logp_statistics(
     const uint16_t* hidden,  // (N, D) bfloat16, rows hidden_stride elements apart, columns dense
     int64_t N,
