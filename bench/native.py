@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import harness
-from cream_kernels import linear_logp, native, reference
+from cream_kernels import linear_logp, native
 from cream_kernels import linear_logp_native as ours
 
 MODELS = {"SmolLM2-135M": (576, 49152), "Llama-2-7B": (4096, 32000)}  # D, V
@@ -49,6 +49,10 @@ def score_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return linear_logp(hidden, weight, targets)
 
 
+def score_plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+
 def fold_torch_(tile: Tensor, columns: Tensor, maximum: Tensor, others: Tensor, target_logit: Tensor) -> Tensor:
     """What ours.fold_tile_ does, in torch's passes."""
     inside = (columns >= 0) & (columns < tile.shape[1])
@@ -71,7 +75,7 @@ def head(N: int, D: int, V: int) -> tuple[Tensor, dict[str, Callable]]:
     return logp64(*given), {
         "native": lambda: score_native(*given)[:SAMPLE],
         "cream torch": lambda: score_torch(*given)[:SAMPLE],
-        "log_softmax": lambda: reference.linear_logp(*given)[:SAMPLE],
+        "log_softmax": lambda: score_plain(*given)[:SAMPLE],
         LOGITS_ONLY: lambda: hidden @ weight.T,
     }
 
@@ -82,18 +86,6 @@ def tile_of_logits(n: int, D: int, c: int) -> tuple[Tensor, dict[str, Callable]]
     return hidden.double() @ weight.double().T, {
         "native": lambda: ours.logits_tile(hidden, weight, out),
         "cream torch": lambda: torch.mm(wide, weight.float().T, out=out),
-    }
-
-
-def sum_of_products(n: int, D: int, c: int, *, transposed: bool) -> tuple[Tensor, dict[str, Callable]]:
-    """A tile of derivatives times weight, or its transpose times hidden; the first call's sum is one product."""
-    hidden, weight, _ = problem(n, D, c)
-    tile = torch.randn(n, c, generator=torch.Generator().manual_seed(1)).exp_() / c
-    left, right = (tile.T, hidden) if transposed else (tile, weight)
-    sums = torch.zeros(2, left.shape[0], D)
-    return left.double() @ right.double(), {
-        "native": lambda: ours.add_product_(sums[0], left, right),
-        "cream torch": lambda: sums[1].add_(torch.mm(left.bfloat16(), right)),
     }
 
 
@@ -142,8 +134,6 @@ def main() -> None:
         pieces = {
             **{f"score {N}": partial(head, N, D, V) for N in args.rows},
             "logits tile": partial(tile_of_logits, n, D, c),
-            "add product": partial(sum_of_products, n, D, c, transposed=False),
-            "add product of .T": partial(sum_of_products, n, D, c, transposed=True),
             "fold tile": partial(fold_of_a_tile, n, c),
         }
         for piece, prepare in pieces.items():

@@ -217,34 +217,19 @@ def test_no_rows():
 
 @needs_bf16
 @pytest.mark.parametrize("n, c, D", [(1, 1, 1), (7, 65, 33), (129, 200, 257), (385, 130, 40)])
-def test_products_keep_float32(n, c, D):
+def test_a_tile_keeps_float32(n, c, D):
     hidden, weight, _, _ = problem(n, c, D)
-    g = torch.Generator().manual_seed(2)
-    frame = torch.full((n, c + 5), 7.0)
-    tile = ours.logits_tile(hemmed(hidden), hemmed(weight), frame[:, 2:-3])
     truth = hidden.double() @ weight.double().T
+    frame = torch.full((n, c + 5), 7.0)
+    tile = ours.logits_tile(hemmed(hidden), hemmed(weight.T).T, frame[:, 2:-3])
+    assert tile.data_ptr() == frame[:, 2:].data_ptr()
     assert worst(tile, truth) <= 2 * worst(hidden.float() @ weight.float().T, truth) + 1e-6
     assert (frame[:, :2] == 7).all() and (frame[:, -3:] == 7).all()
-
-    coefficients = torch.randn(n, c, generator=g)
-    for left, right in ((coefficients, weight), (coefficients.T, hidden)):
-        product = left.bfloat16().double() @ right.double()
-        scale = (left.bfloat16().double().abs() @ right.double().abs()).max()
-        start = torch.randn(product.shape, generator=g)
-        twice = left.repeat_interleave(2, 0).repeat_interleave(2, 1)
-        for given in (left, left.bfloat16(), hemmed(left), hemmed(left.T).T, hemmed(left.bfloat16()), twice[::2, ::2]):
-            frame = torch.full((product.shape[0], D + 4), 7.0)
-            frame[:, 1:-3] = start
-            out = ours.add_product_(frame[:, 1:-3], given, hemmed(right))
-            assert worst(out, start + product) <= 1e-6 * scale + 1e-6
-            assert (frame[:, :1] == 7).all() and (frame[:, -3:] == 7).all()
-
-
-@needs_bf16
-def test_product_of_nothing_adds_nothing():
-    out = torch.ones(3, 4)
-    ours.add_product_(out, torch.empty(3, 0), torch.empty(0, 4, dtype=torch.bfloat16))
-    assert (out == 1).all()
+    try:
+        torch.set_num_threads(2)
+        assert ours.logits_tile(hidden, hemmed(weight), torch.empty(n, c)).equal(tile)
+    finally:
+        torch.set_num_threads(1)
 
 
 class Body:

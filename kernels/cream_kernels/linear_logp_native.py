@@ -6,8 +6,8 @@ linear_logp.py; logits here are squash(hidden @ weight.T + bias), where
     squash(x) = x * scale / temperature                               without a softcap
     squash(x) = softcap * tanh(x * scale / softcap) / temperature     with one
 
-Callers ask why_not (AVX512-BF16: statistics, logits_tile, add_product_) or why_not_fold (AVX2: fold_tile_) first. No
-result depends on the number of threads, which is torch's. Sources: kernels/csrc/{linear_logp,products,fold}.cpp.
+Callers ask why_not (AVX512-BF16: statistics, logits_tile) or why_not_fold (AVX2: fold_tile_) first. No result depends
+on the number of threads, which is torch's. Sources: kernels/csrc/{linear_logp,logits_tile,fold}.cpp.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import native
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
-    """Why these two cannot go to statistics, logits_tile or add_product_, without a full stop; None where they can."""
+    """Why these two cannot go to statistics or logits_tile, without a full stop; None where they can."""
     if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"the native products are of bfloat16 on a CPU, not {hidden.dtype} on {hidden.device.type}"
     if hidden.shape[1] == 0:
@@ -90,25 +90,21 @@ def logits_tile(
     out: Tensor,  # (n, c) float32, columns dense
 ) -> Tensor:  # out
     """hidden @ weight.T, summed and kept in float32, which torch has not on CPUs."""
+    assert out.dtype == torch.float32 and (out.stride(1) == 1 or out.shape[1] == 1)
     hidden, weight = _dense_rows(hidden), _dense_rows(weight)
-    return _product(hidden, LEFT_BF16, weight, RIGHT_TRANSPOSED, out, add=False)
-
-
-def add_product_(
-    out: Tensor,  # (n, m) float32, columns dense
-    coefficients: Tensor,  # (n, k) float32, rounded to bfloat16 on the way, or bfloat16; .T of a tile is as good
-    matrix: Tensor,  # (k, m) bfloat16
-) -> Tensor:  # out
-    """out += coefficients @ matrix, summed in float32 and not rounded."""
-    if coefficients.shape[1] == 0:
-        return out
-    if coefficients.dtype == torch.bfloat16:
-        coefficients, kind = _dense_rows(coefficients), LEFT_BF16
-    elif coefficients.stride(0) == 1 and coefficients.stride(1) != 1:
-        coefficients, kind = coefficients.T, LEFT_TRANSPOSED
-    else:
-        coefficients, kind = _dense_rows(coefficients), LEFT_FLOAT32
-    return _product(coefficients, kind, _dense_rows(matrix), RIGHT_PLAIN, out, add=True)
+    done = native.load().cream_logits_tile(
+        hidden.data_ptr(),
+        *hidden.shape,
+        hidden.stride(0),
+        weight.data_ptr(),
+        weight.shape[0],
+        weight.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+    _check(done)
+    return out
 
 
 def fold_tile_(
@@ -152,34 +148,6 @@ def fold_tile_(
     )
     _check(done)
     return shrink
-
-
-# The operands' kinds in cream_bf16_product.
-LEFT_BF16, LEFT_FLOAT32, LEFT_TRANSPOSED = 0, 1, 2
-RIGHT_TRANSPOSED, RIGHT_PLAIN = 0, 1
-
-
-def _product(left: Tensor, left_kind: int, right: Tensor, right_kind: int, out: Tensor, *, add: bool) -> Tensor:
-    """Of rows that are dense in memory; out (n, m) says what is a row and what a column of the product."""
-    n, m = out.shape
-    assert out.dtype == torch.float32 and (out.stride(1) == 1 or m == 1)
-    done = native.load().cream_bf16_product(
-        left.data_ptr(),
-        left_kind,
-        n,
-        left.shape[0] if left_kind == LEFT_TRANSPOSED else left.shape[1],
-        left.stride(0),
-        right.data_ptr(),
-        right_kind,
-        m,
-        right.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        add,
-        torch.get_num_threads(),
-    )
-    _check(done)
-    return out
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:

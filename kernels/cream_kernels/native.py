@@ -82,20 +82,17 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,  # moment or None
         ctypes.c_int,  # threads
     ]
-    library.cream_bf16_product.restype = ctypes.c_int
-    library.cream_bf16_product.argtypes = [
-        ctypes.c_void_p,  # left
-        ctypes.c_int,  # its kind
+    library.cream_logits_tile.restype = ctypes.c_int
+    library.cream_logits_tile.argtypes = [
+        ctypes.c_void_p,  # hidden
         ctypes.c_int64,  # n
-        ctypes.c_int64,  # k
+        ctypes.c_int64,  # D
         ctypes.c_int64,  # its row stride
-        ctypes.c_void_p,  # right
-        ctypes.c_int,  # its kind
-        ctypes.c_int64,  # m
+        ctypes.c_void_p,  # weight
+        ctypes.c_int64,  # c
         ctypes.c_int64,  # its row stride
         ctypes.c_void_p,  # out
         ctypes.c_int64,  # its row stride
-        ctypes.c_int,  # add
         ctypes.c_int,  # threads
     ]
     library.cream_fold_tile.restype = ctypes.c_int

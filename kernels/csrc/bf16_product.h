@@ -1,10 +1,10 @@
-// Products of bfloat16 matrices on CPUs with AVX512-BF16: what linear_logp.cpp and products.cpp share.
+// hidden @ weight.T of bfloat16 on CPUs with AVX512-BF16: what linear_logp.cpp and logits_tile.cpp share.
 //
-// A product is made of blocks of 6 rows by panels of 64 columns, whose 24 vectors of sums stay in registers. Both
-// operands are packed, so that pairs of neighbours along the summed index, what vdpbf16ps takes, lie in the order of
-// use. On Zen 4 this keeps the multiplier 97% busy for 576 to 4096 summands, although a panel of 4096 comes from the
-// second level cache: panels cut along the summed index, blocks of 9 x 48, 14 x 32, 5 x 80 and 4 x 96, and prefetching
-// the next panel were not faster.
+// D is the summed index. A product is made of blocks of 6 rows of hidden by panels of 64 of weight, whose 24 vectors of
+// sums stay in registers. Both operands are packed, so that pairs of neighbours along D, what vdpbf16ps takes, lie in
+// the order of use. On Zen 4 this keeps the multiplier 97% busy from D = 576 to 4096, although a panel of 4096 comes
+// from the second level cache: panels cut along D, blocks of 9 x 48, 14 x 32, 5 x 80 and 4 x 96, and prefetching the
+// next panel were not faster.
 
 #pragma once
 

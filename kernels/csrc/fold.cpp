@@ -2,8 +2,8 @@
 // Meaning: fold_tile_ in linear_logp_native.py.
 //
 // A row of a tile fits into the first level cache, so that its passes (squash, maximum, exponentials and their sum)
-// cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for the
-// compiler's default target, AVX2 and AVX-512; the processor chooses. Nothing depends on the number of threads.
+// cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for
+// the compiler's default target, AVX2 and AVX-512; the processor chooses. Nothing depends on the number of threads.
 
 #include <cmath>
 #include <cstdint>

@@ -176,7 +176,7 @@ void run(const Problem& p, int64_t chunk, int64_t start, int64_t end, uint32_t* 
 
 #endif
 
-// Whether this processor and this build have what is below, and cream_bf16_product.
+// Whether this processor and this build have cream_linear_logp_statistics and cream_logits_tile.
 EXPORT int cream_bf16_available() {
 #if HAVE_BF16
   return processor_has_bf16();
