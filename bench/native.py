@@ -128,26 +128,24 @@ def main() -> None:
     if reason := ours.why_not(a_row, a_row):
         raise SystemExit(f"nothing to measure: {reason}")
     n, c = TILE
-    rows = []
+    pieces = [("fold tile", [n, c], partial(fold_of_a_tile, n, c))]
     for model in args.models:
         D, V = MODELS[model]
-        pieces = {
-            **{f"score {N}": partial(head, N, D, V) for N in args.rows},
-            "logits tile": partial(tile_of_logits, n, D, c),
-            "fold tile": partial(fold_of_a_tile, n, c),
-        }
-        for piece, prepare in pieces.items():
-            truth, run = prepare()
-            errors = check(truth, run)
-            for threads in args.threads:
-                torch.set_num_threads(threads)
-                known = harness.facts("cpu") | {"piece": piece, "model": model, "shape": [D, V]}
-                repeats = args.repeats if piece.startswith("score") else 10 * args.repeats
-                for name, ms in harness.interleave(run, repeats, "cpu").items():
-                    row = known | {"impl": name, "error": errors.get(name)} | harness.spread(ms)
-                    rows.append(row)
-                    times = f"{row['ms']:9.3f} ms  ({row['p20']:.3f} to {row['p80']:.3f})"
-                    print(f"{model:12} {piece:17} {threads} threads  {name:12} {times}", flush=True)
+        pieces += [(f"score, {model}", [N, D, V], partial(head, N, D, V)) for N in args.rows]
+        pieces += [(f"logits tile, {model}", [n, D, c], partial(tile_of_logits, n, D, c))]
+    rows = []
+    for piece, shape, prepare in pieces:
+        truth, run = prepare()
+        errors = check(truth, run)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            known = harness.facts("cpu") | {"piece": piece, "shape": shape}
+            repeats = args.repeats if run.keys() & {LOGITS_ONLY} else 10 * args.repeats  # a tile takes milliseconds
+            for name, ms in harness.interleave(run, repeats, "cpu").items():
+                row = known | {"impl": name, "error": errors.get(name)} | harness.spread(ms)
+                rows.append(row)
+                times = f"{row['ms']:9.3f} ms  ({row['p20']:.3f} to {row['p80']:.3f})"
+                print(f"{piece:25} {shape!s:18} {threads} threads  {name:16} {times}", flush=True)
     harness.record("native", rows)
 
 
