@@ -51,9 +51,10 @@ def linear_logp(
     keeps (N, D) float32 gradient directions instead: 4NDV forward and one row scaling backward. With return_entropy the
     entropies of softmax(z) come along, (N,) nats, 0 where IGNORE, for metrics: no gradient passes through them.
 
-    Beyond inputs and outputs, memory is one tile of logits on a CPU (and for half precision a float32 copy of hidden),
-    8 bytes for every 128 or 256 logits on CUDA, and a chunk of 256 MiB of logits there for gradients. Logits are
-    float32 for half-precision inputs as well: bfloat16 logits would be wrong by 1e-2 nats a token.
+    Beyond inputs and outputs, memory is one tile of logits on a CPU (and for half precision a float32 copy of hidden);
+    on CUDA 8 bytes for every 128 or 256 logits, and for gradients a chunk of float32 logits: 256 MiB of them, or those
+    of 2,048 rows and a float32 sum of dweight where the head is trained. Logits are float32 for half-precision inputs
+    as well: bfloat16 logits would be wrong by 1e-2 nats a token.
 
     On CUDA the forward alone waits for nothing; with gradients it and backward find the rows that count, which waits
     once each. Raises ValueError for shapes or dtypes that do not fit, for float16 on a CPU, and for a target outside

@@ -1,10 +1,7 @@
 """linear_logp's pieces in C++ for CPUs: bfloat16 products that keep float32, and the passes over a tile in one.
 
 N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
-linear_logp.py; logits here are squash(hidden @ weight.T + bias), where
-
-    squash(x) = x * scale / temperature                               without a softcap
-    squash(x) = softcap * tanh(x * scale / softcap) / temperature     with one
+linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
 Callers ask why_not (AVX512-BF16: statistics, logits_tile) or why_not_fold (AVX2: fold_tile_) first. No result depends
 on the number of threads, which is torch's. Sources: kernels/csrc/{linear_logp,logits_tile,fold}.cpp.
@@ -45,9 +42,8 @@ def statistics(
     weight: Tensor,  # (V, D) bfloat16
     targets: Tensor,  # (N,) int64
     bias: Tensor | None = None,  # (V,) any floating dtype
-    scale: float = 1.0,
-    softcap: float = 0.0,  # 0: none
-    temperature: float = 1.0,
+    factor: float = 1.0,
+    ceiling: float = 0.0,  # 0: none
     want_moment: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # maximum, others, target_logit, moment, all (N,) float32
     """What linear_logp keeps of the logits, which are float32 sums and never stored.
@@ -73,9 +69,8 @@ def statistics(
         weight.stride(0),
         targets.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        scale,
-        softcap,
-        temperature,
+        factor,
+        ceiling,
         *(result.data_ptr() for result in results),
         *([] if want_moment else [None]),
         torch.get_num_threads(),
@@ -108,25 +103,19 @@ def logits_tile(
 
 
 def fold_tile_(
-    tile: Tensor,  # (n, c) float32 products, columns dense; becomes exp(logit - the new maximum), 0 at the target
+    tile: Tensor,  # (n, c) float32 logits, columns dense; becomes exp(logit - the new maximum), 0 at the target
     columns: Tensor,  # (n,) int64, target less the tile's first column; outside [0, c) for most rows
     maximum: Tensor,  # (n,) float32, as the next three: updated in place
     others: Tensor,  # (n,)
     target_logit: Tensor,  # (n,)
     moment: Tensor | None = None,  # (n,), see statistics
-    *,
-    bias: Tensor | None = None,  # (c,) any floating dtype
-    scale: float = 1.0,
-    softcap: float = 0.0,  # 0: none
-    temperature: float = 1.0,
 ) -> Tensor:  # (n,) float32: exp(old maximum - new maximum), what sums over earlier tiles shrink by
-    """One step of the online logsumexp: squash, take the target out, find the maximum, exponentials and their sum.
+    """One step of the online logsumexp: take the target out, find the maximum, exponentials and their sum.
 
     Exponentials below 1e-38 are 0. One pass over the tile, a row at a time, where torch takes six.
     """
     assert tile.stride(1) == 1 or tile.shape[1] == 1
     columns = columns.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
     kept = [maximum, others, target_logit, *([] if moment is None else [moment])]
     assert all(values.is_contiguous() and values.dtype == torch.float32 for values in kept)
     shrink = torch.empty_like(maximum)
@@ -136,10 +125,6 @@ def fold_tile_(
         *tile.shape,
         tile.stride(0),
         columns.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        scale,
-        softcap,
-        temperature,
         *(values.data_ptr() for values in kept),
         *([None] if moment is None else []),
         shrink.data_ptr(),

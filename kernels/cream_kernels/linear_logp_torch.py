@@ -2,7 +2,8 @@
 
 N tokens (rows), n of them that count, D hidden size, V vocabulary, c columns of a tile. Only a tile of logits exists at
 a time, in float32 also for bfloat16 inputs. The algebra is at the head of linear_logp.py. linear_weighted_dpo walks the
-same tiles, and holds on to those of a chunk.
+same tiles, and holds on to those of a chunk. On CPUs the C++ pieces of linear_logp_native.py take the place of torch's
+where they can: the product of a bfloat16 tile, the passes over a tile, and the whole of a forward without a direction.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import linear_logp_native as in_cpp
 from .reference import IGNORE
 
 
@@ -110,17 +112,30 @@ def scatter_rows(rows: Tensor, kept: Tensor | None, num_rows: int, dtype: torch.
     return rows.new_zeros((num_rows, *rows.shape[1:]), dtype=dtype).index_copy_(0, kept, rows.to(dtype))
 
 
-def logits_tile(
-    hidden: Tensor,  # (n, D) wide
-    weight: Tensor,  # (c, D) wide
-    bias: Tensor | None,  # (c,) wide
-    squash: Squash,
-    out: Tensor | None = None,  # (n, c) wide
-) -> Tensor:  # (n, c) wide
-    tile = torch.mm(hidden, weight.T, out=out)
-    if bias is not None:
-        tile += bias
-    return squash(tile)
+class Products(NamedTuple):
+    """The operands of logits tiles, as the product that serves here wants them."""
+
+    hidden: Tensor  # (n, D) wide, or bfloat16 where C++ keeps its products in float32
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    squash: Squash
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, squash: Squash) -> Products:
+        served = in_cpp.why_not(hidden, weight) is None
+        return cls(hidden if served else hidden.to(wide_dtype(hidden)), weight, bias, squash)
+
+    def tile(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:  # (n, c) wide logits
+        hidden, weight = self.hidden[rows], self.weight[columns]
+        if hidden.dtype == torch.bfloat16:
+            if out is None:
+                out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+            in_cpp.logits_tile(hidden, weight, out)
+        else:
+            out = torch.mm(hidden, weight.to(hidden.dtype).T, out=out)
+        if self.bias is not None:
+            out += self.bias[columns]
+        return self.squash(out)
 
 
 def take_targets_(
@@ -138,7 +153,9 @@ def fold_tile_(
     tile: Tensor,  # (n, c) logits; becomes exp(z - highest), 0 at the targets
     columns: Tensor,  # (n,) int64, target less the tile's first column
     so_far: Statistics,  # of the same rows, updated
-) -> tuple[Tensor, Tensor]:  # (n,) each: highest, the maximum now; exp(the maximum before - highest)
+) -> Tensor:  # (n,) exp(the maximum before - the maximum now)
+    if in_cpp.why_not_fold(tile) is None:
+        return in_cpp.fold_tile_(tile, columns, *so_far)
     inside, picked = take_targets_(tile, columns)
     so_far.target_logit.copy_(torch.where(inside, picked, so_far.target_logit))
     highest = torch.maximum(so_far.maximum, tile.amax(1))
@@ -153,7 +170,7 @@ def fold_tile_(
         so_far.moment.add_(so_far.others * move).mul_(shrink).add_(local)
     so_far.others.mul_(shrink).add_(tile.sum(1))
     so_far.maximum.copy_(highest)
-    return highest, shrink
+    return shrink
 
 
 def target_weights(
@@ -185,21 +202,23 @@ def forward(
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """logp, maximum, others (n,); if wanted, direction = dlogp/dhidden (n, D) and entropy (n,). All wide."""
+    if not keep_direction and in_cpp.why_not(hidden, weight) is None:
+        statistics = Statistics(*in_cpp.statistics(hidden, weight, targets, bias, *squash, want_moment=want_entropy))
+        logp, entropy = statistics.finish()
+        return logp, statistics.maximum, statistics.others, None, entropy
     dtype = wide_dtype(hidden)
     num_rows, num_columns = tile_shape(hidden.device)
-    wide_hidden = hidden.to(dtype)
+    products = Products.of(hidden, weight, bias, squash)
     statistics = Statistics.empty(hidden.shape[0], hidden, want_entropy)
     # sum over v != y of exp(z_v - maximum) dz_v/dx_v / factor weight[v], rescaled whenever the maximum moves
-    pull = wide_hidden.new_zeros(hidden.shape) if keep_direction else None
+    pull = hidden.new_zeros(hidden.shape, dtype=dtype) if keep_direction else None
     for first in range(0, weight.shape[0], num_columns):
         columns = slice(first, first + num_columns)
-        wide_weight = weight[columns].to(dtype)
-        wide_bias = None if bias is None else bias[columns].to(dtype)
         for start in range(0, hidden.shape[0], num_rows):
             rows = slice(start, start + num_rows)
-            tile = logits_tile(wide_hidden[rows], wide_weight, wide_bias, squash)
+            tile = products.tile(rows, columns)
             bend = squash.bend(tile) if keep_direction else None
-            _, shrink = fold_tile_(tile, targets[rows] - first, statistics.of(rows))
+            shrink = fold_tile_(tile, targets[rows] - first, statistics.of(rows))
             if pull is not None:
                 if bend is not None:
                     tile.mul_(bend)
@@ -234,7 +253,7 @@ def gradients(
     """Recompute the logits tile by tile and multiply their derivatives out."""
     dtype = wide_dtype(hidden)
     num_rows, num_columns = tile_shape(hidden.device)
-    wide_hidden = hidden.to(dtype)
+    products, wide_hidden = Products.of(hidden, weight, bias, squash), hidden.to(dtype)
     grad = grad * squash.factor
     at_others, at_target = -grad * share_of_others(logp, others), -grad * torch.expm1(logp)
     own_weight = target_weights(weight, targets)
@@ -246,14 +265,12 @@ def gradients(
     dbias = weight.new_empty(weight.shape[0]) if need_bias else None
     # Vocabulary outside, rows inside: a tile of dweight is summed over all rows in float32 and rounded once.
     for first in range(0, weight.shape[0], num_columns):
-        columns = slice(first, first + num_columns)
-        wide_weight = weight[columns].to(dtype)
-        wide_bias = None if bias is None else bias[columns].to(dtype)
-        dweight_tile = torch.zeros_like(wide_weight) if need_weight else None
-        dbias_tile = wide_weight.new_zeros(wide_weight.shape[0]) if need_bias else None
+        columns = slice(first, min(first + num_columns, weight.shape[0]))
+        dweight_tile = torch.zeros_like(weight[columns], dtype=dtype) if need_weight else None
+        dbias_tile = weight.new_zeros(columns.stop - first, dtype=dtype) if need_bias else None
         for start in range(0, hidden.shape[0], num_rows):
             rows = slice(start, start + num_rows)
-            tile = logits_tile(wide_hidden[rows], wide_weight, wide_bias, squash)
+            tile = products.tile(rows, columns)
             bend = squash.bend(tile)
             inside, _ = take_targets_(tile, targets[rows] - first)
             tile.sub_(maximum[rows, None]).exp_().mul_(at_others[rows, None])

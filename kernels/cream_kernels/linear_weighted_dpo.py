@@ -19,11 +19,11 @@ from .linear_logp import (
     triton_serves,
 )
 from .linear_logp_torch import (
+    Products,
     Squash,
     Statistics,
     fold_tile_,
     gradient_product,
-    logits_tile,
     rows_that_count,
     scatter_rows,
     share_of_others,
@@ -180,7 +180,7 @@ def _forward(
     dtype, num_columns = wide_dtype(hidden), tile_shape(hidden.device)[1]
     chunks = _pair_chunks(bounds, chunk_tokens)
     longest = max((rows.stop - rows.start for *_, rows in chunks), default=0)
-    wide_hidden = hidden.to(dtype)
+    products, wide_hidden = Products.of(hidden, weight, None, _PLAIN), hidden.to(dtype)
     logits = wide_hidden.new_empty(longest * weight.shape[0])
     dhidden = torch.empty_like(wide_hidden) if need_hidden else None
     dweight = wide_hidden.new_zeros(weight.shape)
@@ -194,12 +194,11 @@ def _forward(
         statistics = Statistics.empty(num_rows, hidden)
         held = []
         for first in range(0, weight.shape[0], num_columns):
-            wide_weight = weight[first : first + num_columns].to(dtype)
-            width = wide_weight.shape[0]
-            tile = logits[first * num_rows : (first + width) * num_rows].view(num_rows, width)
-            logits_tile(wide_hidden[rows], wide_weight, None, _PLAIN, out=tile)
-            highest, _ = fold_tile_(tile, targets[rows] - first, statistics)
-            held.append((first, tile, highest))
+            end = min(first + num_columns, weight.shape[0])
+            tile = logits[first * num_rows : end * num_rows].view(num_rows, end - first)
+            products.tile(rows, slice(first, end), out=tile)
+            fold_tile_(tile, targets[rows] - first, statistics)
+            held.append((first, tile, statistics.maximum.clone()))
         row_logp, _ = statistics.finish()
         share = share_of_others(row_logp, statistics.others)
 

@@ -73,9 +73,8 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_int64,  # its row stride
         ctypes.c_void_p,  # targets
         ctypes.c_void_p,  # bias or None
-        ctypes.c_double,  # scale
-        ctypes.c_double,  # softcap
-        ctypes.c_double,  # temperature
+        ctypes.c_double,  # factor
+        ctypes.c_double,  # ceiling
         ctypes.c_void_p,  # maximum
         ctypes.c_void_p,  # others
         ctypes.c_void_p,  # target logit
@@ -102,10 +101,6 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_int64,  # c
         ctypes.c_int64,  # row stride
         ctypes.c_void_p,  # columns
-        ctypes.c_void_p,  # bias or None
-        ctypes.c_double,  # scale
-        ctypes.c_double,  # softcap
-        ctypes.c_double,  # temperature
         ctypes.c_void_p,  # maximum
         ctypes.c_void_p,  # others
         ctypes.c_void_p,  # target logit

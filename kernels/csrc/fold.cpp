@@ -1,7 +1,7 @@
-// One step of the online logsumexp over a tile of float32 products, in place.
+// One step of the online logsumexp over a tile of float32 logits, in place.
 // Meaning: fold_tile_ in linear_logp_native.py.
 //
-// A row of a tile fits into the first level cache, so that its passes (squash, maximum, exponentials and their sum)
+// A row of a tile fits into the first level cache, so that its passes (maximum, exponentials and their sum)
 // cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for
 // the compiler's default target, AVX2 and AVX-512; the processor chooses. Nothing depends on the number of threads.
 
@@ -30,8 +30,10 @@ INLINE float from_ordered(int32_t key) {
   return x;
 }
 
-// exp(x) = power * (1 + rest) for -87 <= x <= 87; a NaN comes out as one.
-INLINE float split_exp(float x, float& power) {
+// exp(x), x <= 0; relative error 1e-7. A NaN comes out as one.
+INLINE float exp_nonpositive(float x) {
+  const bool gone = x < kLeast;
+  x = gone ? kLeast : x;
   const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   x = x - n * 0.693359375f;
   x = x + n * 2.12194440e-4f;
@@ -42,47 +44,14 @@ INLINE float split_exp(float x, float& power) {
   p = p * x + 1.6666665459e-1f;
   p = p * x + 5.0000001201e-1f;
   const int32_t bits = (int32_t(n) + 127) << 23;
-  memcpy(&power, &bits, 4);
-  return p * x * x + x;
-}
-
-// exp(x), x <= 0; relative error 1e-7.
-INLINE float exp_nonpositive(float x) {
-  const bool gone = x < kLeast;
   float power;
-  const float rest = split_exp(gone ? kLeast : x, power);
-  return gone ? 0.0f : rest * power + power;
+  memcpy(&power, &bits, 4);
+  return gone ? 0.0f : (p * x * x + x) * power + power;
 }
 
-// tanh(x) = (exp(2x) - 1) / (exp(2x) + 1), with no 1 taken from an exp(2x) near it; relative error 3e-7.
-INLINE float tanh_fast(float x) {
-  float size = x < 0 ? -2 * x : 2 * x, power;
-  size = size > 20.0f ? 20.0f : size;
-  const float rest = split_exp(size, power), below = rest * power + (power - 1);
-  const float t = below / (below + 2);
-  return x < 0 ? -t : t;
-}
-
-struct Fold {
-  const float* bias;  // (c,) or null
-  float before, after;  // logit = before * x, or after * tanh(before * x)
-  bool softcap;
-};
-
-// x (c,) products become exp(logit - maximum); returns what the earlier tiles' sums shrink by.
-INLINE float fold_row(float* x, int64_t c, int64_t own, const Fold& f, float& maximum, float& others,
-                      float& target_logit, float* moment) {
-  if (f.bias) {
-#pragma omp simd
-    for (int64_t i = 0; i < c; ++i) x[i] += f.bias[i];
-  }
-  if (f.softcap) {
-#pragma omp simd
-    for (int64_t i = 0; i < c; ++i) x[i] = f.after * tanh_fast(x[i] * f.before);
-  } else if (f.before != 1) {
-#pragma omp simd
-    for (int64_t i = 0; i < c; ++i) x[i] *= f.before;
-  }
+// x (c,) logits become exp(logit - maximum); returns what the earlier tiles' sums shrink by.
+INLINE float fold_row(float* x, int64_t c, int64_t own, float& maximum, float& others, float& target_logit,
+                      float* moment) {
   if (uint64_t(own) < uint64_t(c)) {
     target_logit = x[own];
     x[own] = -std::numeric_limits<float>::infinity();
@@ -118,12 +87,11 @@ INLINE float fold_row(float* x, int64_t c, int64_t own, const Fold& f, float& ma
   return shrink;
 }
 
-typedef float Row(float*, int64_t, int64_t, const Fold&, float&, float&, float&, float*);
+typedef float Row(float*, int64_t, int64_t, float&, float&, float&, float*);
 
-#define ROW(name, target)                                                                                        \
-  target float name(float* x, int64_t c, int64_t own, const Fold& f, float& maximum, float& others, float& logit, \
-                    float* moment) {                                                                             \
-    return fold_row(x, c, own, f, maximum, others, logit, moment);                                               \
+#define ROW(name, target)                                                                               \
+  target float name(float* x, int64_t c, int64_t own, float& maximum, float& others, float& logit, float* moment) { \
+    return fold_row(x, c, own, maximum, others, logit, moment);                                         \
   }
 
 ROW(row_plain, )
@@ -150,15 +118,11 @@ Row* row_for(int isa) {
 
 // Returns 0, or -1 for an isa that is not there.
 extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
-    float* tile,  // (n, c) products, rows stride elements apart, columns dense; exp(logit - maximum) out
+    float* tile,  // (n, c) logits, rows stride elements apart, columns dense; exp(logit - maximum) out
     int64_t n,
     int64_t c,
     int64_t stride,
     const int64_t* columns,  // (n,) target less the tile's first column; outside [0, c) for most rows
-    const float* bias,       // (c,) or null
-    double scale,
-    double softcap,  // 0: none
-    double temperature,
     float* maximum,       // (n,) in and out, as the next three
     float* others,        // (n,)
     float* target_logit,  // (n,)
@@ -169,11 +133,9 @@ extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
 ) {
   Row* row = row_for(isa);
   if (!row) return -1;
-  const Fold f = {bias, float(softcap > 0 ? scale / softcap : scale / temperature), float(softcap / temperature),
-                  softcap > 0};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < n; ++r)
-    shrink[r] = row(tile + r * stride, c, columns[r], f, maximum[r], others[r], target_logit[r],
+    shrink[r] = row(tile + r * stride, c, columns[r], maximum[r], others[r], target_logit[r],
                     moment ? moment + r : nullptr);
   return 0;
 }

@@ -56,13 +56,13 @@ INLINE __m512 tanh(__m512 x) {
 }
 
 struct Squash {
-  __m512 before, after;  // logit = before * x without a softcap, after * tanh(before * x) with one
+  __m512 factor, ceiling;  // logit = factor * x without a ceiling, ceiling * tanh(factor * x) with one
 };
 
-template <bool SOFTCAP>
+template <bool CAPPED>
 INLINE __m512 squash(__m512 x, const Squash& s) {
-  x = _mm512_mul_ps(x, s.before);
-  return SOFTCAP ? _mm512_mul_ps(tanh(x), s.after) : x;
+  x = _mm512_mul_ps(x, s.factor);
+  return CAPPED ? _mm512_mul_ps(tanh(x), s.ceiling) : x;
 }
 
 struct Problem {
@@ -72,8 +72,8 @@ struct Problem {
   int64_t V, stride;
   const int64_t* targets;
   const float* bias;
-  float before, after;
-  bool softcap;
+  float factor, ceiling;
+  bool capped;
   float *target_logit, *parts;  // parts (chunks, 3, N): maximum, sum, moment
   bool want_moment;
 };
@@ -84,7 +84,7 @@ struct Lanes {
 };
 
 // Take a tile of products into the rows' lanes.
-template <bool SOFTCAP, bool MOMENT>
+template <bool CAPPED, bool MOMENT>
 TARGET void fold(const float* tile, int64_t first, const float* bias, const __mmask16* missing, const Squash& s,
                  int64_t rows, const int64_t* targets, float* target_logit, Lanes* lanes) {
   const __m512 nothing = _mm512_set1_ps(-kInf);
@@ -92,7 +92,7 @@ TARGET void fold(const float* tile, int64_t first, const float* bias, const __mm
     __m512 z[kGroups];
     for (int g = 0; g < kGroups; ++g) {
       const __m512 x = _mm512_load_ps(tile + r * kColumns + g * kLanes);
-      z[g] = squash<SOFTCAP>(_mm512_add_ps(x, _mm512_load_ps(bias + g * kLanes)), s);
+      z[g] = squash<CAPPED>(_mm512_add_ps(x, _mm512_load_ps(bias + g * kLanes)), s);
       z[g] = _mm512_mask_mov_ps(z[g], missing[g], nothing);
     }
     const int64_t own = targets[r] - first;
@@ -124,10 +124,10 @@ TARGET void fold(const float* tile, int64_t first, const float* bias, const __mm
 }
 
 // One chunk of the vocabulary for some rows.
-template <bool SOFTCAP, bool MOMENT>
+template <bool CAPPED, bool MOMENT>
 TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end, uint32_t* panel, Lanes* lanes) {
   const int64_t pairs = (p.D + 1) / 2;
-  const Squash s = {_mm512_set1_ps(p.before), _mm512_set1_ps(p.after)};
+  const Squash s = {_mm512_set1_ps(p.factor), _mm512_set1_ps(p.ceiling)};
   alignas(64) float tile[kRows * kColumns], bias[kColumns];
   for (int64_t n = 0; n < end - start; ++n)
     for (int i = 0; i < kLanes; ++i) {
@@ -146,7 +146,7 @@ TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end
     pack_panel(p.weight + first * p.stride, count, p.D, p.stride, panel);
     for (int64_t n = start; n < end; n += kRows) {
       multiply(p.blocks + n * pairs, panel, pairs, tile);
-      fold<SOFTCAP, MOMENT>(tile, first, bias, missing, s, end - n < kRows ? end - n : kRows, p.targets + n,
+      fold<CAPPED, MOMENT>(tile, first, bias, missing, s, end - n < kRows ? end - n : kRows, p.targets + n,
                             p.target_logit + n, lanes + (n - start));
     }
   }
@@ -166,7 +166,7 @@ TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end
 }
 
 void run(const Problem& p, int64_t chunk, int64_t start, int64_t end, uint32_t* panel, Lanes* lanes) {
-  if (p.softcap)
+  if (p.capped)
     (p.want_moment ? run_task<true, true> : run_task<true, false>)(p, chunk, start, end, panel, lanes);
   else
     (p.want_moment ? run_task<false, true> : run_task<false, false>)(p, chunk, start, end, panel, lanes);
@@ -196,9 +196,8 @@ EXPORT int cream_linear_logp_statistics(
     int64_t weight_stride,
     const int64_t* targets,  // (N,)
     const float* bias,       // (V,) or null
-    double scale,
-    double softcap,  // 0: none
-    double temperature,
+    double factor,   // logit = factor * product,
+    double ceiling,  // or where this is above 0 ceiling * tanh(factor * product)
     float* maximum,       // (N,) out, over the other tokens
     float* others,        // (N,) out, their sum of exp(z - maximum)
     float* target_logit,  // (N,) out, NaN for a target outside [0, V)
@@ -220,9 +219,9 @@ EXPORT int cream_linear_logp_statistics(
                      weight_stride,
                      targets,
                      bias,
-                     float(softcap > 0 ? scale / softcap : scale / temperature),
-                     float(softcap / temperature),
-                     softcap > 0,
+                     float(factor),
+                     float(ceiling),
+                     ceiling > 0,
                      target_logit,
                      parts.get(),
                      moment != nullptr};
@@ -264,7 +263,7 @@ EXPORT int cream_linear_logp_statistics(
   return no_memory ? -2 : 0;
 #else
   (void)hidden, (void)N, (void)D, (void)hidden_stride, (void)weight, (void)V, (void)weight_stride, (void)targets;
-  (void)bias, (void)scale, (void)softcap, (void)temperature, (void)maximum, (void)others, (void)target_logit;
+  (void)bias, (void)factor, (void)ceiling, (void)maximum, (void)others, (void)target_logit;
   (void)moment, (void)threads;
   return -1;
 #endif
