@@ -9,13 +9,14 @@ answers. So no reference model is in memory, and the first step's loss is ln 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cream.config import TrainConfig
+from cream.config import OptimConfig, TrainConfig
 from cream.log import Metrics, UserError, say
 from cream.model import head, hidden_states
 from cream.optim import Schedule, descend
@@ -85,6 +86,7 @@ def train(
     *,
     stage: str,
     seed: int,
+    optim: OptimConfig | None = None,
 ) -> None:
     """Take the policy from theta_t to theta_(t+1), in place. Pairs beyond `max_length` tokens are left out."""
     fitting = [
@@ -112,5 +114,14 @@ def train(
             yield loss.sum() / len(window), shares, tokens
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
-    facts = descend(model, micro_losses, schedule, stage=stage, keep=work.keep("steps"), metrics=metrics)
+    facts = descend(
+        model,
+        micro_losses,
+        schedule,
+        stage=stage,
+        keep=work.keep("steps"),
+        metrics=metrics,
+        optim=optim,
+        micro_batches=lambda step: math.ceil(len(steps[step]) / config.micro_batch_size),
+    )
     work.facts(pairs=len(fitting), too_long=len(pairs) - len(fitting), **facts)
