@@ -92,8 +92,11 @@ class ModelConfig:
         "auto", CHOICE, "type of the weights; auto is bfloat16 on a GPU that has it, else float32"
     )
     attention: str = _field("auto", TEXT, "attention backend; auto takes the fastest that can run and says why")
-    gradient_checkpointing: bool = _field(
-        False, FLAG, "recompute each layer's activations in backward: less memory for about a third more time"
+    gradient_checkpointing: Literal["none", "selective", "full"] = _field(
+        "none",
+        CHOICE,
+        "what backward computes again to save memory, with the same result: none; selective, what is cheap (norms, "
+        "activation functions), for about half of it; full, each layer from its input, for a third more time",
     )
 
 
