@@ -7,7 +7,6 @@ not float32 has a float32 master; gradients are added up in float32 too, whateve
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cream.checkpoint import load_latest, save_step
-from cream.log import Metrics, UserError, progress
-
-REMEDY = "no weight of that step was changed and the stage is not done: try a lower learning rate"
+from cream.log import Metrics, progress
+from cream.meter import Meter
 
 
 def dithered(weight: Tensor) -> Tensor:  # float32, of weight's shape
@@ -69,11 +67,11 @@ class AdamW:
     def step(self, lr: float, clip: float) -> Tensor:  # (), the gradient's norm before clipping
         """One update at learning rate lr, the global gradient norm clipped to `clip`; gradients are freed.
 
-        Raises FloatingPointError, with every weight as it was, where the gradient is not finite.
+        Where the norm is not finite, every weight stays as it was on a CPU; a GPU would have to be waited for.
         """
         norm = nn.utils.clip_grad_norm_(self.masters.values(), clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()}")
+        if norm.device.type == "cpu" and not torch.isfinite(norm):
+            return norm
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -127,14 +125,14 @@ class Schedule:
 
 def descend(
     model: nn.Module,
-    micro_losses: Callable[[int], Iterable[tuple[Tensor, dict[str, Tensor], int]]],
+    micro_losses: Callable[[int], Iterable[tuple[Tensor, dict[str, Tensor | float], int]]],
     schedule: Schedule,
     *,
     stage: str,
     keep: Path,  # where step checkpoints go
     metrics: Metrics,
     after: Callable[[int], None] = lambda step: None,
-) -> dict[str, float | None]:  # for the ledger: steps, and tokens and tokens_per_second of this process's part of them
+) -> dict[str, float | None]:  # for the ledger: steps, and Meter.facts of this process's part of them
     """Run the schedule from the newest step checkpoint, or from the start.
 
     `micro_losses(step)` yields, for each micro-batch of that step, its share of the loss, shares of the step's metrics
@@ -148,35 +146,22 @@ def descend(
         start, tensors, _ = latest
         optimizer.load(tensors, start)
     metrics.rewind(stage, start)  # what a killed attempt wrote after its last checkpoint is written again
-    computed, seconds = 0, 0.0
+    meter = Meter(model, stage, metrics)
     with progress(schedule.steps, stage, "steps", done=start) as bar:
         for step in range(start, schedule.steps):
-            began, tokens, sums = time.perf_counter(), 0, {}
-            for loss, shares, count in micro_losses(step):
+            meter.begin()
+            for loss, shares, tokens in micro_losses(step):
                 loss.backward()
                 optimizer.accumulate()
-                tokens += count
-                for key, value in {"loss": loss, **shares}.items():
-                    sums[key] = sums.get(key, 0) + value.detach()
+                meter.add(loss, shares, tokens)
+            meter.check(step)
             rate = learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
-            if not math.isfinite(sums["loss"]):
-                raise UserError(f"{stage}: the loss of step {step} is {float(sums['loss'])}; {REMEDY}")
-            try:
-                norm = optimizer.step(rate, schedule.clip)
-            except FloatingPointError as error:
-                raise UserError(f"{stage}: step {step}: {error}; {REMEDY}") from None
-            spent = time.perf_counter() - began
-            computed, seconds = computed + tokens, seconds + spent
-            metrics.write(
-                stage=stage,
-                step=step + 1,
-                lr=rate,
-                grad_norm=float(norm),
-                tokens_per_second=tokens / spent,
-                **{key: float(value) for key, value in sums.items()},
-            )
-            after(step + 1)
-            if schedule.checkpoint_every and (step + 1) % schedule.checkpoint_every == 0 and step + 1 < schedule.steps:
-                save_step(keep, step + 1, optimizer.state(), {"stage": stage})
+            norm = optimizer.step(rate, schedule.clip)
+            done = step + 1
+            saves = schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps
+            meter.end(done, due=saves or done == schedule.steps, lr=rate, grad_norm=norm)
+            after(done)
+            if saves:
+                save_step(keep, done, optimizer.state(), {"stage": stage})
             bar.update(1)
-    return {"steps": schedule.steps, "tokens": computed, "tokens_per_second": computed / seconds if seconds else None}
+    return {"steps": schedule.steps, **meter.facts()}

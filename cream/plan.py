@@ -8,7 +8,7 @@ length; what they leave out (kernels, allocator, CUDA context) is why a card of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cream.config import Config
 
@@ -78,19 +78,24 @@ def shape_of(config: object) -> Shape:
         raise ValueError(f"{kind} does not describe itself as LLaMA-class models do ({error})") from None
 
 
-def activation_bytes(shape: Shape, size: int, checkpointing: bool) -> tuple[int, int]:
+def activation_bytes(shape: Shape, size: int, checkpointing: str) -> tuple[int, int]:
     """What autograd keeps of one token, (bytes a token over all layers, bytes a token of the layer being recomputed).
 
     `size` is the bytes of the compute dtype. Per layer, as transformers' LLaMA saves them with fused attention: two
     RMSNorms (the input in float32, the normalised input, the output), q, k, v and the attention's output with its
-    float32 log-sum-exp, four tensors of width F around the SwiGLU product. tests/test_doctor.py counts them.
+    float32 log-sum-exp, four tensors of width F around the SwiGLU product. tests/test_doctor.py counts them. With
+    `checkpointing` "selective" what the products made and the layer's input, with "full" the input alone; "auto" counts
+    as "full", which it comes to where memory is short.
     """
     D, H, K, E, F = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate
     norm = D * (4 + 2 * size) + 4
     layer = 2 * norm + size * (2 * H * E + 2 * K * E + 4 * F) + 4 * H
-    if checkpointing:
-        return shape.layers * D * size + norm, layer
-    return shape.layers * layer + norm, 0
+    if checkpointing == "none":
+        return shape.layers * layer + norm, 0
+    if checkpointing == "selective":
+        kept = size * (D + 2 * H * E + 2 * K * E + 2 * D + 2 * F) + 4 * H
+        return shape.layers * kept + norm, layer
+    return shape.layers * D * size + norm, layer
 
 
 def forward_bytes(shape: Shape, size: int) -> int:
@@ -114,6 +119,7 @@ class Stage:
     field: str  # the configuration field that the scaling parts are proportional to
     count: int  # its value in the recipe
     parts: tuple[Part, ...]
+    least: int = 1  # below this the field saves nothing
 
     @property
     def peak(self) -> int:
@@ -123,10 +129,11 @@ class Stage:
         return sum(part.bytes for part in self.parts if part.what == what)
 
     def largest(self, limit: float) -> int:
-        """The greatest value of `field` whose peak stays within `limit` bytes; 0 where even 1 does not."""
+        """The greatest value of `field` whose peak stays within `limit` bytes; 0 where even the least does not."""
         fixed = sum(part.bytes for part in self.parts if not part.scales)
         unit = (self.peak - fixed) / self.count
-        return max(0, int((limit - fixed) // unit))
+        largest = int((limit - fixed) // unit)
+        return largest if largest >= self.least else 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,8 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16") -> Plan:
     sample, score, train, sft = config.sample, config.score, config.train, config.sft
     saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing)
     cache = 2 * shape.layers * shape.kv_heads * shape.head_size * size  # bytes a token
+    # a pair reads its prompt's keys and values twice, so that at most as many again are kept
+    twice = cache // shape.layers if config.model.gradient_checkpointing in ("auto", "full") else cache
     rows, columns = HEAD_TILE[0], min(HEAD_TILE[1], shape.vocabulary)
     tile = 4 * columns * (2 * rows + 2 * shape.hidden)  # logits and a slice of the head, and both gradients
     longest_pair = max(HEAD_CHUNK, 2 * min(sample.max_new_tokens, train.max_length))
@@ -166,12 +175,12 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16") -> Plan:
     if dtype == "bfloat16":  # a micro-batch's own gradients stand beside the float32 sums that they are added to
         state += [Part("gradients", weights), Part("master", 4 * count)]
 
-    def training(name: str, units: int, sequences: int, longest: int, head: int) -> Stage:
-        tokens = sequences * longest
+    def training(name: str, batch_tokens: int, longest: int, copied: int, head: int) -> Stage:
+        tokens = max(batch_tokens, longest)  # what is longer than a batch is a batch by itself
         wide = tokens * shape.hidden * 8  # hidden states and their gradient in float32
-        activations = Part("activations", tokens * (saved + recomputed), True)
+        activations = Part("activations", tokens * (saved + recomputed + copied), True)
         parts = (*state, activations, Part("head", wide, True), Part("head", head))
-        return Stage(name, f"{name}.micro_batch_size", units, parts)
+        return Stage(name, f"{name}.batch_tokens", tokens, parts, longest)
 
     def generation(name: str, prompts: int, responses: int, new_tokens: int) -> Stage:
         sequences, prompt = prompts * responses, config.data.max_prompt_tokens
@@ -185,20 +194,28 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16") -> Plan:
 
     stages = []
     if sft.enabled:
-        stages.append(training("sft", sft.micro_batch_size, sft.micro_batch_size, sft.max_length, tile))
+        stages.append(training("sft", sft.batch_tokens, sft.max_length, 0, tile))
     stages.append(generation("sample", sample.batch_size, sample.responses, sample.max_new_tokens))
     scoring = (
         Part("weights", weights),
         Part("activations", score.batch_tokens * forward_bytes(shape, size), True),
         Part("head", score.batch_tokens * shape.hidden * 4, True),
         Part("head", tile),
-        Part("KV cache", score.batch_tokens * cache, True),
     )
     stages.append(Stage("score", "score.batch_tokens", score.batch_tokens, scoring))
-    stages.append(training("train", train.micro_batch_size, 2 * train.micro_batch_size, train.max_length, chunk))
+    stages.append(training("train", train.batch_tokens, 2 * train.max_length, twice, chunk))
     if config.evaluate.enabled:
         stages.append(generation("evaluate", config.evaluate.batch_size, 1, config.evaluate.max_new_tokens))
     return Plan(dtype, shape, tuple(stages), _disk(config, count, size))
+
+
+def gradient_checkpointing(config: Config, shape: Shape, dtype: str, memory: float) -> str:
+    """What "auto" comes to: the first of none, selective and full with which training fits `memory` bytes, or full."""
+    for mode in ("none", "selective"):
+        made = plan(replace(config, model=replace(config.model, gradient_checkpointing=mode)), shape, dtype)
+        if max(stage.peak for stage in made.stages if stage.name in ("sft", "train")) <= memory:
+            return mode
+    return "full"
 
 
 def _disk(config: Config, count: int, size: int) -> tuple[tuple[str, int], ...]:
