@@ -1,6 +1,6 @@
 """Scoring: the log-probability of every answer under policy, previous and reference, and the implicit reward.
 
-P prompts, R responses a prompt. logp in nats, float32 sums.
+P prompts, R responses a prompt. logp in nats, sums in float64.
 
 CREAM's reward of an answer is DPO's: log pi(answer | prompt) - log pi_ref(answer | prompt), summed over the answer's
 tokens, pi_ref the initial model in every round (arXiv 2410.12735, section 3; `beta` changes no ranking and is left
@@ -54,7 +54,7 @@ def score(
         logp = linear_logp(read(model, packed), weight, packed.targets)
         order += batch
         lengths = packed.cu_seqlens.diff().to(weight.device, non_blocking=True)
-        sums.append(torch.segment_reduce(logp.double(), "sum", lengths=lengths).float())
+        sums.append(torch.segment_reduce(logp.double(), "sum", lengths=lengths))  # what ranks is a difference of such
         done.tokens += packed.tokens
         done.flops += forward_flops(model, packed)
         tick(len(batch))
