@@ -92,11 +92,12 @@ class ModelConfig:
         "auto", CHOICE, "type of the weights; auto is bfloat16 on a GPU that has it, else float32"
     )
     attention: str = _field("auto", TEXT, "attention backend; auto takes the fastest that can run and says why")
-    gradient_checkpointing: Literal["none", "selective", "full"] = _field(
-        "none",
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = _field(
+        "auto",
         CHOICE,
         "what backward computes again to save memory, with the same result: none; selective, what is cheap (norms, "
-        "activation functions), for about half of it; full, each layer from its input, for a third more time",
+        "activation functions), for about half of it; full, each layer from its input, for a third more time; auto "
+        "takes the first that fits",
     )
 
 
@@ -123,7 +124,9 @@ class SFTConfig:
     lr: float = _field(5e-6, POSITIVE, "peak learning rate of AdamW")
     epochs: int = _field(5, COUNT, "passes over the conversations")
     batch_size: int = _field(32, COUNT, "sequences an optimizer step")
-    micro_batch_size: int = _field(4, COUNT, "sequences a forward pass; the result does not depend on it")
+    batch_tokens: int = _field(
+        8192, COUNT, "tokens a forward pass, or those of one conversation; the result does not depend on it"
+    )
     max_length: int = _field(2048, COUNT, "tokens of a conversation; longer ones are dropped and counted")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
@@ -188,7 +191,9 @@ class TrainConfig:
     lr: float = _field(1e-6, POSITIVE, "peak learning rate of AdamW")
     epochs: int = _field(1, COUNT, "passes over the round's pairs")
     batch_size: int = _field(32, COUNT, "pairs an optimizer step")
-    micro_batch_size: int = _field(4, COUNT, "pairs a forward pass; the result does not depend on it")
+    batch_tokens: int = _field(
+        8192, COUNT, "tokens a forward pass, or those of one pair; the result does not depend on it"
+    )
     max_length: int = _field(2048, COUNT, "tokens of a prompt with its response")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
@@ -286,10 +291,6 @@ def validate(config: Config) -> None:
     """Raise UserError for the first field of the wrong type or out of range, or two fields that do not fit together."""
     for key in keys():
         _check(key, Given(_get(config, key), ""))
-    for section in ("sft", "train"):
-        size, micro = _get(config, f"{section}.batch_size"), _get(config, f"{section}.micro_batch_size")
-        if micro > size:
-            raise UserError(f"{section}.micro_batch_size is {micro}, but must be at most {section}.batch_size, {size}")
     longest = config.data.max_prompt_tokens + config.sample.max_new_tokens
     if longest > config.score.max_length:
         raise UserError(

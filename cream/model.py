@@ -226,14 +226,17 @@ def head(model: nn.Module) -> Tensor:  # (V, D)
 
 def hidden_states(
     model: nn.Module,
-    ids: Tensor,  # (S, T) int64, right-padded; padding may be any id
+    ids: Tensor,  # (S, T) int64; one packed row, or S right-padded ones, where padding may be any id
     positions: Tensor | None = None,  # (S, T) int64, default 0, 1, 2, ...
+    *,
+    segments: attention.Segments | None = None,  # of a packed row: which token sees which
     kv: attention.KeyValues | None = None,  # the cache of the columns before, which grows by T
 ) -> Tensor:  # (S, T, D)
-    """The last hidden states, after the final norm. Without a cache attention is causal from column 0."""
+    """The last hidden states, after the final norm. Without segments or cache, attention is causal from column 0."""
     if kv is not None:
         kv.begin(ids.shape[1])
-    return model.base_model(input_ids=ids, position_ids=positions, use_cache=False, kv=kv).last_hidden_state
+    output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segments=segments, kv=kv)
+    return output.last_hidden_state
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:
@@ -256,7 +259,9 @@ def load_weights(model: nn.Module, directory: Path) -> None:
                         kind = "vocabulary" if "embed" in name or "lm_head" in name else "architecture"
                         shapes = f"{tuple(tensor.shape)} where the model has {tuple(parameters[name].shape)}"
                         raise UserError(f"{file}: {name} is {shapes}: another {kind}")
-                    parameters[name].copy_(tensor)
+                    if parameters[name].is_cuda:  # the next tensor is read and pinned while this one is sent
+                        tensor = tensor.pin_memory()
+                    parameters[name].copy_(tensor, non_blocking=True)
                     seen.add(name)
     missing = {n for n in parameters if n not in seen and not (tied and "lm_head" in n)}
     if missing:
@@ -298,7 +303,8 @@ def recompute(model: nn.Module, mode: str) -> None:
     """Say what training keeps of a layer for backward; the gradients are the same bits whatever it is.
 
     "none": all of it. "selective": what matrix products and attention made; norms, rotations and the SwiGLU product are
-    computed again, half the memory for 2% of the arithmetic. "full": a layer's input, a third more arithmetic.
+    computed again, half the memory for 2% of the arithmetic. "full": a layer's input, a third more arithmetic. "auto"
+    must have been decided (plan.gradient_checkpointing).
     """
     model.train(mode != "none")  # transformers recomputes in training mode only; nothing else depends on it
     if mode != "none":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from torch.optim.adamw import adamw
 from cream.adamw import BLOCK, EPS, add_, dithered, split, thresholds, update_
 from cream.checkpoint import load_latest, save_step
 from cream.config import OptimConfig
-from cream.log import Metrics, UserError, progress
+from cream.log import Metrics, progress
+from cream.meter import Meter
 
-REMEDY = "nothing of that step is saved and the stage is not done: try a lower learning rate"
 CHUNK = 256 * BLOCK  # elements that a CPU updates at once: their float32 copies stay in its cache
 MOST_SUMS = 1_000_003  # more micro-batches than a step will ever have: what keeps the draws of two steps apart
 
@@ -114,13 +113,14 @@ class AdamW:
     def step(self) -> Tensor:  # (), the gradient's norm before clipping
         """End the step: every weight is where it should be, and no gradient is held.
 
-        Raises FloatingPointError where the gradient is not finite: with every weight as it was, unless gradients were
-        released; then the weights in memory are spoilt.
+        Where the norm is not finite every weight stays as it was on a CPU; a GPU would have to be waited for, and
+        gradients that were released have moved their weights.
         """
         norms = self.norms or {name: _norm(grad) for name, grad in self.gradients.items()}
         norm = torch.linalg.vector_norm(torch.stack([norms[name] for name in self.parameters if name in norms]))
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()}")
+        if norm.device.type == "cpu" and not torch.isfinite(norm):
+            self.gradients = {}
+            return norm
         for name in self.parameters:
             if name in self.gradients:
                 own = norms[name] if self.config.clip_by == "tensor" else norm
@@ -249,7 +249,7 @@ class Schedule:
 
 def descend(
     model: nn.Module,
-    micro_losses: Callable[[int], Iterable[tuple[Tensor, dict[str, Tensor], int]]],
+    micro_losses: Callable[[int], Iterable[tuple[Tensor, dict[str, Tensor | float], int]]],
     schedule: Schedule,
     *,
     stage: str,
@@ -258,7 +258,7 @@ def descend(
     optim: OptimConfig | None = None,  # None: the defaults
     micro_batches: Callable[[int], int | None] = lambda step: None,  # losses of a step, where the caller knows
     after: Callable[[int], None] = lambda step: None,
-) -> dict[str, float | None]:  # for the ledger: steps, and tokens and tokens_per_second of this process's part of them
+) -> dict[str, float | None]:  # for the ledger: steps, and Meter.facts of this process's part of them
     """Run the schedule from the newest step checkpoint, or from the start.
 
     `micro_losses(step)` yields, for each micro-batch of that step, its share of the loss, shares of the step's metrics
@@ -275,36 +275,22 @@ def descend(
             optimizer.load(tensors, start)
             del latest, tensors
         metrics.rewind(stage, start)  # what a killed attempt wrote after its last checkpoint is written again
-        computed, seconds = 0, 0.0
+        meter = Meter(model, stage, metrics)
         with progress(schedule.steps, stage, "steps", done=start) as bar:
             for step in range(start, schedule.steps):
-                began, tokens, sums = time.perf_counter(), 0, {}
+                meter.begin()
                 rate = learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
                 optimizer.begin(rate, micro_batches(step))
-                for loss, shares, count in micro_losses(step):
+                for loss, shares, tokens in micro_losses(step):
                     loss.backward()
-                    tokens += count
-                    for key, value in {"loss": loss, **shares}.items():
-                        sums[key] = sums.get(key, 0) + value.detach()
-                if not math.isfinite(sums["loss"]):
-                    raise UserError(f"{stage}: the loss of step {step} is {float(sums['loss'])}; {REMEDY}")
-                try:
-                    norm = optimizer.step()
-                except FloatingPointError as error:
-                    raise UserError(f"{stage}: step {step}: {error}; {REMEDY}") from None
-                spent = time.perf_counter() - began
-                computed, seconds = computed + tokens, seconds + spent
-                metrics.write(
-                    stage=stage,
-                    step=step + 1,
-                    lr=rate,
-                    grad_norm=float(norm),
-                    tokens_per_second=tokens / spent,
-                    **{key: float(value) for key, value in sums.items()},
-                )
-                after(step + 1)
+                    meter.add(loss, shares, tokens)
+                meter.check(step)
+                norm = optimizer.step()
                 done = step + 1
-                if schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps:
+                saves = schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps
+                meter.end(done, due=saves or done == schedule.steps, lr=rate, grad_norm=norm)
+                after(done)
+                if saves:
                     save_step(keep, done, optimizer.tensors(), {"stage": stage})
                 bar.update(1)
-    return {"steps": schedule.steps, "tokens": computed, "tokens_per_second": computed / seconds if seconds else None}
+    return {"steps": schedule.steps, **meter.facts()}

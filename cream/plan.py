@@ -8,8 +8,9 @@ holds training's to within 10% of what a process takes. They leave out kernels, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cream.config import Config, OptimConfig
 
@@ -96,7 +97,8 @@ def activation_bytes(shape: Shape, size: int, checkpointing: str) -> tuple[int, 
     `size` is the bytes of the compute dtype. Per layer, as transformers' LLaMA saves them with fused attention: two
     RMSNorms (the input in float32, the normalised input, the output), q, k, v and the attention's output with its
     float32 log-sum-exp, four tensors of width F around the SwiGLU product. tests/test_doctor.py counts them. With
-    `checkpointing` "selective" what the products made and the layer's input, with "full" the input alone.
+    `checkpointing` "selective" what the products made and the layer's input, with "full" the input alone; "auto" counts
+    as "full", which it comes to where memory is short.
     """
     D, H, K, E, F = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate
     norm = D * (4 + 2 * size) + 4
@@ -208,19 +210,19 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
     weights = Part("weights", shape.parameters * size)
     sample, score, train, sft = config.sample, config.score, config.train, config.sft
     cache = 2 * shape.layers * shape.kv_heads * shape.head_size * size  # bytes a token
+    # a pair reads its prompt's keys and values twice, so that at most as many again are kept
+    twice = cache // shape.layers if config.model.gradient_checkpointing in ("auto", "full") else cache
 
-    def training(name: str, sequences: int, head: Callable[[int], int]) -> Stage:
-        """`sequences` in an example of the stage's batches; `head(examples)` is what the head and its loss hold."""
+    def training(name: str, longest: int, copied: int, head: Callable[[int], int]) -> Stage:
         settings = getattr(config, name)
 
-        def parts_at(micro: int) -> tuple[Part, ...]:
-            tokens = micro * sequences * settings.max_length
-            parts = _training_parts(
-                config, shape, size, tokens, head(micro), settings.clip, micro >= settings.batch_size
-            )
-            return (weights, *parts)
+        def parts_at(tokens: int) -> tuple[Part, ...]:
+            tokens = max(tokens, longest)  # what is longer than a batch is a batch by itself
+            single = tokens >= settings.batch_size * longest
+            gradients = sums_bytes(shape, size, config.optim, settings.clip, single)
+            return (weights, *_training_parts(config, shape, size, tokens, copied, gradients, head(tokens)))
 
-        return Stage(name, f"{name}.micro_batch_size", settings.micro_batch_size, parts_at)
+        return Stage(name, f"{name}.batch_tokens", max(settings.batch_tokens, longest), parts_at)
 
     def generation(name: str, prompts: int, responses: int, new_tokens: int) -> Stage:
         prompt = config.data.max_prompt_tokens
@@ -241,21 +243,16 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
             weights,
             Part("activations", tokens * forward_bytes(shape, size)),
             Part("head", tokens * shape.hidden * 4 + tile_bytes(shape, device)),
-            Part("KV cache", tokens * cache),
         )
-
-    def sft_head(micro: int) -> int:
-        return logp_bytes(shape, size, device, micro * sft.max_length)
-
-    def dpo_head(micro: int) -> int:
-        return dpo_bytes(shape, size, device, micro, min(sample.max_new_tokens, train.max_length))
 
     stages = []
     if sft.enabled:
-        stages.append(training("sft", 1, sft_head))
+        stages.append(training("sft", sft.max_length, 0, functools.partial(logp_bytes, shape, size, device)))
     stages.append(generation("sample", sample.batch_size, sample.responses, sample.max_new_tokens))
     stages.append(Stage("score", "score.batch_tokens", score.batch_tokens, scoring))
-    stages.append(training("train", 2, dpo_head))
+    pair = 2 * min(sample.max_new_tokens, train.max_length)
+    dpo = functools.partial(dpo_bytes, shape, size, device, pair)
+    stages.append(training("train", 2 * train.max_length, twice, dpo))
     if config.evaluate.enabled:
         stages.append(generation("evaluate", config.evaluate.batch_size, 1, config.evaluate.max_new_tokens))
     return Plan(dtype, shape, tuple(stages), _disk(config, shape, size))
@@ -273,24 +270,30 @@ def logp_bytes(shape: Shape, size: int, device: str, rows: int) -> int:
     return wide + shape.vocabulary * shape.hidden * size + tile_bytes(shape, device)
 
 
-def dpo_bytes(shape: Shape, size: int, device: str, pairs: int, response: int) -> int:
-    """linear_weighted_dpo over pairs of two responses: hidden states, and they and their gradient in float32; a chunk's
-    logits; the head's gradient in float32 and then, if that is not its type, in its own."""
-    rows = pairs * 2 * response
+def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int:
+    """linear_weighted_dpo over `rows` hidden states, of which a pair has `pair`: they, and they and their gradient in
+    float32; a chunk's logits; the head's gradient in float32 and then, if that is not its type, in its own."""
     wide = rows * shape.hidden * (8 + size)
-    chunk = min(rows, max(HEAD_CHUNK, 2 * response)) * shape.vocabulary * 4
+    chunk = min(rows, max(HEAD_CHUNK, pair)) * shape.vocabulary * 4
     gradient = shape.vocabulary * shape.hidden * (4 + size)
     return wide + chunk + gradient + tile_bytes(shape, device)
 
 
 def _training_parts(
-    config: Config, shape: Shape, size: int, tokens: int, head: int, clip: float, single: bool
+    config: Config,
+    shape: Shape,
+    size: int,
+    tokens: int,  # a forward pass
+    copied: int,  # bytes a token that attention keeps of prompts' keys and values
+    gradients: tuple[int, int],  # of sums_bytes
+    head: int,  # what the head and its loss hold, with every token a label
 ) -> tuple[Part, ...]:
     """Besides the weights, what training holds at its peak: where the head's loss is computed and all activations are
     there, in the last layer's backward, or at the end of a step's only micro-batch, when all gradients are."""
     saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing)
+    saved += copied
     low, moments = state_bytes(shape, size, config.optim)
-    sums, last = sums_bytes(shape, size, config.optim, clip, single)
+    sums, last = gradients
     layer = recomputed + backward_bytes(shape, size)
     embedding = shape.vocabulary * shape.hidden * size
     # A tied head's gradient waits for the embedding's, and then there is their sum; one that is untied waits where it
@@ -302,14 +305,23 @@ def _training_parts(
         (sums + waiting, tokens * (saved + layer), 0),
         (sums + last + arriving, tokens * (layer + shape.hidden * size), 0),
     )
-    gradients, activations, head = max(peaks, key=sum)
+    held, activations, head = max(peaks, key=sum)
     return (
         Part("low bits", low),
         Part("moments", moments),
-        Part("gradients", gradients),
+        Part("gradients", held),
         Part("activations", activations),
         Part("head", head),
     )
+
+
+def gradient_checkpointing(config: Config, shape: Shape, dtype: str, memory: float) -> str:
+    """What "auto" comes to: the first of none, selective and full with which training fits `memory` bytes, or full."""
+    for mode in ("none", "selective"):
+        made = plan(replace(config, model=replace(config.model, gradient_checkpointing=mode)), shape, dtype)
+        if max(stage.peak for stage in made.stages if stage.name in ("sft", "train")) <= memory:
+            return mode
+    return "full"
 
 
 def _disk(config: Config, shape: Shape, size: int) -> tuple[tuple[str, int], ...]:

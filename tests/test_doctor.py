@@ -1,6 +1,7 @@
 """The memory and disk plan against numbers worked by hand, and the doctor on a machine where things are broken."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -16,7 +17,17 @@ import cream.plan
 from cream import doctor
 from cream.config import Config, load_recipe
 from cream.log import UserError
-from cream.plan import LLAMA3_8B, SHAPES, Shape, activation_bytes, dpo_bytes, known_shape, plan, shape_of
+from cream.plan import (
+    LLAMA3_8B,
+    SHAPES,
+    Shape,
+    activation_bytes,
+    dpo_bytes,
+    gradient_checkpointing,
+    known_shape,
+    plan,
+    shape_of,
+)
 
 LLAMA2_7B, SMOLLM2 = SHAPES["llama-2-7b"], SHAPES["smollm2-135m"]
 
@@ -109,7 +120,8 @@ def test_states_in_float32_have_no_low_bits():
 
 def test_gradients_of_a_step_of_one_micro_batch():
     """They come as the activations go, so the peak is where either is largest; released, they take nothing."""
-    one = dict(train__batch_size=1, train__micro_batch_size=1, train__max_length=64, optim__moments="int8")
+    one = dict(train__batch_size=1, train__batch_tokens=1, train__max_length=64, optim__moments="int8")
+    one["model__gradient_checkpointing"] = "none"
     few_tokens = stages(plan(recipe(**one), LLAMA2_7B))["train"]
     assert few_tokens.bytes_of("gradients") == 2 * 6_738_415_616
     many_tokens = recipe(**(one | dict(train__max_length=2048)))
@@ -120,13 +132,8 @@ def test_gradients_of_a_step_of_one_micro_batch():
 
 @pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b"])
 def test_full_fine_tuning_of_the_llama_recipes_fits_80_gb(name):
-    """With micro-batches of 8,192 tokens: 4 conversations, or 2 pairs of 2 x 2,048."""
     config = load_recipe(name)
-    tokens = (
-        config.sft.micro_batch_size * config.sft.max_length,
-        2 * config.train.micro_batch_size * config.train.max_length,
-    )
-    assert tokens == (8192, 8192)
+    assert config.sft.batch_tokens == config.train.batch_tokens == 8192
     for stage in plan(config, known_shape(config.model.path)).stages:
         assert stage.peak <= 80e9, stage.name
 
@@ -141,13 +148,13 @@ def test_cache_of_sampling():
 
 
 def test_head_never_holds_all_logits():
-    """Llama-3-8B, 4 pairs of 2,048 tokens: 2 * 4 * 2048 * 128256 logits would be 8.4 GB in float32 and as much for
-    their gradient; the fused loss holds a pair's (1,536 rows: 0.8 GB), the head's gradient in float32 and in bf16
-    (3.2 GB), hidden states and they and their gradient in float32 (0.3 GB), and a tile (1.1 GB)."""
-    head = dpo_bytes(LLAMA3_8B, 2, "cuda", 4, 768)
+    """Llama-3-8B, 8,192 tokens: 8192 * 128256 logits would be 4.2 GB in float32 and as much for their gradient; the
+    fused loss holds a pair's (1,536 rows: 0.8 GB), the head's gradient in float32 and in bf16 (3.2 GB), hidden states
+    and they and their gradient in float32 (0.3 GB), and a tile (1.1 GB)."""
+    head = dpo_bytes(LLAMA3_8B, 2, "cuda", 1536, 8192)
     tile = 4 * 16384 * (2 * 4096 + 2 * 4096)
-    assert head == 1536 * 128256 * 4 + 128256 * 4096 * 6 + 4 * 1536 * 4096 * 10 + tile
-    assert dpo_bytes(LLAMA3_8B, 2, "cuda", 1, 768) == head - 3 * 1536 * 4096 * 10
+    assert head == 1536 * 128256 * 4 + 128256 * 4096 * 6 + 8192 * 4096 * 10 + tile
+    assert head == stages(plan(recipe(), LLAMA3_8B))["train"].bytes_of("head")
 
 
 def saved_bytes(config, size):
@@ -185,24 +192,76 @@ def test_activations_are_what_autograd_keeps(size):
 
 
 def test_checkpointing_keeps_a_layer_input_and_one_layer():
-    """Llama-2-7B in bf16: 32 * 4096 * 2 bytes = 262 kB a token, or 3.24 MB with what products and attention made,
-    where 5.97 MB are kept without."""
+    """Llama-2-7B in bf16: 32 * 4096 * 2 bytes = 262 kB a token, where 5.97 MB are kept without."""
     held, recomputed = activation_bytes(LLAMA2_7B, 2, "full")
     assert held == 32 * 4096 * 2 + (4096 * 8 + 4)
     layer = 2 * (4096 * 8 + 4) + 2 * (4 * 4096 + 4 * 11008) + 4 * 32
     assert recomputed == layer
     assert activation_bytes(LLAMA2_7B, 2, "none") == (32 * layer + 4096 * 8 + 4, 0)
     assert round(32 * layer / 1e6, 2) == 5.97
+
+
+def test_selective_checkpointing_keeps_what_products_made():
+    """Llama-2-7B in bf16: the layer's input, seven products and attention's output, 3.25 MB a token of 5.97."""
     held, recomputed = activation_bytes(LLAMA2_7B, 2, "selective")
-    assert held == 32 * (2 * (7 * 4096 + 2 * 11008) + 4 * 32) + 4096 * 8 + 4 and recomputed == layer
+    layer = 2 * (4096 + 3 * 4096 + 4096 + 4096 + 2 * 11008 + 4096) + 4 * 32
+    assert held == 32 * layer + 4096 * 8 + 4 and recomputed == activation_bytes(LLAMA2_7B, 2, "full")[1]
+    assert round(32 * layer / 1e6, 2) == 3.25
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_keeps_what_is_planned(mode, dtype):
+    """Of two layers more, to the byte; what checkpointing keeps is held by Python objects."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from cream import attention
+    from cream.model import hidden_states, recompute
+
+    def held() -> dict[int, int]:
+        found = (o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+        return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+    shape = dict(vocab_size=64, hidden_size=64, intermediate_size=112, num_attention_heads=4, num_key_value_heads=2)
+    name, kept, planned = attention.register(attention.choose("sdpa")), [], []
+    for layers in (2, 4):
+        config = LlamaConfig(**shape, num_hidden_layers=layers)
+        model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=name)
+        recompute(model, mode)
+        gc.collect()
+        before = held()
+        hidden = hidden_states(model, torch.randint(0, 64, (2, 64)))
+        gc.collect()
+        kept.append(sum(size for place, size in held().items() if place not in before))
+        planned.append(activation_bytes(shape_of(config), dtype.itemsize, mode)[0] * 128)
+        del hidden
+    assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], abs=64)  # a tensor of the mask's or none
+
+
+def test_auto_recomputes_as_little_as_memory_allows():
+    config, peaks = recipe(sft__enabled=False), {}
+    for mode in ("none", "selective", "full"):
+        made = stages(plan(recipe(sft__enabled=False, model__gradient_checkpointing=mode), LLAMA2_7B))
+        peaks[mode] = made["train"].peak
+    assert peaks["none"] > peaks["selective"] > peaks["full"] == stages(plan(config, LLAMA2_7B))["train"].peak
+    for mode, peak in peaks.items():
+        assert gradient_checkpointing(config, LLAMA2_7B, "bfloat16", peak) == mode
+        below = {"none": "selective"}.get(mode, "full")
+        assert gradient_checkpointing(config, LLAMA2_7B, "bfloat16", peak - 1) == below
+
+
+def test_fewer_tokens_than_a_pair_has_save_nothing():
+    stage = stages(plan(recipe(train__batch_tokens=1), LLAMA2_7B))["train"]
+    assert stage.count == 2 * 2048
+    assert stage.largest(stage.peak) == 4096 and stage.largest(stage.peak - 1) == 0
 
 
 def test_largest_is_the_last_value_that_fits():
-    for stage in plan(recipe(model__gradient_checkpointing="full"), LLAMA3_8B).stages:
+    for stage in plan(recipe(), LLAMA3_8B).stages:
         section, field = stage.field.split(".")
         limit = stage.peak * 1.37
         largest = stage.largest(limit)
-        changed = ({"model__gradient_checkpointing": "full", f"{section}__{field}": n} for n in (largest, largest + 1))
+        changed = ({f"{section}__{field}": n} for n in (largest, largest + 1))
         fits, bursts = (stages(plan(recipe(**changes), LLAMA3_8B))[stage.name].peak for changes in changed)
         assert fits <= limit < bursts, stage.name
     assert stage.largest(1e9) == 0  # less than the weights
@@ -228,8 +287,8 @@ from cream.plan import plan, shape_of
 dtype, mode, moments, sums = sys.argv[1:]
 config = Config()
 config.model.gradient_checkpointing, config.optim.moments, config.optim.sums = mode, moments, sums
-config.train.max_length, config.train.micro_batch_size, config.train.batch_size = 256, 1, 2
-config.sample.max_new_tokens = 64
+config.train.max_length, config.train.batch_tokens, config.train.batch_size = 256, 512, 2
+config.sample.max_new_tokens = 240
 name = attention.register(attention.choose("sdpa", torch.float32))
 
 
@@ -256,7 +315,7 @@ step(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden
 shape = LlamaConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, **small)
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = memory("VmRSS")
-step(shape, 1, 192, 64)
+step(shape, 1, 16, 240)
 [planned] = [s.peak for s in plan(config, shape_of(shape), dtype, "cpu").stages if s.name == "train"]
 print(json.dumps([memory("VmHWM") - before, planned, shape_of(shape).parameters]))
 """
@@ -389,11 +448,11 @@ def test_program(capsys, tmp_path):
 
 
 def test_fit_counts_auto_on_cards_as_bfloat16():
-    half, full = (plan(recipe(train__micro_batch_size=31), SMOLLM2, dtype) for dtype in ("bfloat16", "float32"))
+    half, full = (plan(recipe(train__batch_tokens=10**6), SMOLLM2, dtype) for dtype in ("bfloat16", "float32"))
     train = next(row for row in doctor.fit_rows(half, full, 24 * 2**30) if row[0] == "train")
-    assert train[3] == str(stages(half)["train"].largest(24e9))
-    assert train[6] == str(stages(full)["train"].largest(24e9))
-    assert int(train[3]) > int(train[6]) > 0
+    assert train[3] == f"{stages(half)['train'].largest(24e9):,}"
+    assert train[6] == f"{stages(full)['train'].largest(24e9):,}"
+    assert int(train[3].replace(",", "")) > int(train[6].replace(",", "")) > 0
 
 
 def test_program_without_a_shape(capsys):
