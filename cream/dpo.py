@@ -107,10 +107,14 @@ def train(
         raise UserError(f"{stage}: no pair fits train.max_length={config.max_length}")
     steps = windows(len(fitting), config.batch_size, config.epochs, seed)
 
-    def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor | float], int]]:
+    def micro_batches(step: int) -> list[list[dict]]:
         window = [fitting[i] for i in steps[step]]
-        for batch in batches([group_tokens(group_of(pair)) for pair in window], config.batch_tokens):
-            micro = [window[i] for i in batch]
+        made = batches([group_tokens(group_of(pair)) for pair in window], config.batch_tokens)
+        return [[window[i] for i in batch] for batch in made]
+
+    def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor | float], int]]:
+        window = steps[step]
+        for micro in micro_batches(step):
             loss, logp, packed = loss_of(model, micro, config.beta)
             shares = {key: value / len(window) for key, value in measures(micro, logp, config.beta).items()}
             # The policy's own; the reference's are theta_t's scores, which are there.

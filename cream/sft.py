@@ -54,11 +54,16 @@ def train(
     steps = windows(len(fitting), config.batch_size, config.epochs, seed)
     middle = math.ceil(len(steps) / 2)
 
-    def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, float], int]]:
+    def micro_batches(step: int) -> list[list[Labelled]]:
         window = [fitting[i] for i in steps[step]]
-        labels = sum(label != IGNORE for _, row in window for label in row[1:])
-        for batch in batches([labelled_tokens(conversation) for conversation in window], config.batch_tokens):
-            loss, packed = loss_of(model, [window[i] for i in batch])
+        made = batches([labelled_tokens(conversation) for conversation in window], config.batch_tokens)
+        return [[window[i] for i in batch] for batch in made]
+
+    def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, float], int]]:
+        window = steps[step]
+        labels = sum(label != IGNORE for i in window for label in fitting[i][1][1:])
+        for micro in micro_batches(step):
+            loss, packed = loss_of(model, micro)
             shares = {
                 "sequence_forwards_per_prompt": packed.sequences / len(window),
                 "flops": 3 * forward_flops(model, packed),
