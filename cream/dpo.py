@@ -110,18 +110,18 @@ def train(
 
     def micro_batches(step: int) -> list[list[dict]]:
         window = [fitting[i] for i in steps[step]]
-        sizes = [group_tokens(group_of(pair)) for pair in window]
-        return [[window[i] for i in batch] for batch in batches(sizes, config.batch_tokens)]
+        made = batches([group_tokens(group_of(pair)) for pair in window], config.batch_tokens)
+        return [[window[i] for i in batch] for batch in made]
 
     def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor | float], int]]:
-        size = len(steps[step])
+        window = steps[step]
         for micro in micro_batches(step):
             loss, logp, packed = loss_of(model, micro, config.beta)
-            shares = {key: value / size for key, value in measures(micro, logp, config.beta).items()}
+            shares = {key: value / len(window) for key, value in measures(micro, logp, config.beta).items()}
             # The policy's own; the reference's are theta_t's scores, which are there.
-            shares["sequence_forwards_per_prompt"] = packed.sequences / size
+            shares["sequence_forwards_per_prompt"] = packed.sequences / len(window)
             shares["flops"] = 3 * forward_flops(model, packed)
-            yield loss.sum() / size, shares, packed.tokens
+            yield loss.sum() / len(window), shares, packed.tokens
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
     facts = descend(

@@ -85,6 +85,8 @@ class Meter:
         self.seconds = self.flops = self.forwards = 0.0
         if not self.at_once:
             torch.cuda.reset_peak_memory_stats()
+        weight = next(model.parameters())
+        _peak(weight.device, weight.dtype)  # measured now, where it must be, and not in a step
 
     def begin(self) -> None:
         """Start a step."""

@@ -45,22 +45,31 @@ def score(
 ) -> list[list[float]]:  # per group, R sums of log-probs, nats
     """log pi(response | prompt) of every response, each prompt computed once for all its responses.
 
+    So is a response that stands there several times, whose scores are then equal to the last bit: a tie in the ranking.
     Raises ValueError for an empty prompt or response.
     """
     weight, done = head(model), done or Done()
+    once = [(prompt, once_each(responses)) for prompt, responses in groups]
     order, sums = [], []
-    for batch in batches([group_tokens(group) for group in groups], batch_tokens):
-        packed = pack([groups[i] for i in batch], weight.device)
+    for batch in batches([group_tokens(group) for group in once], batch_tokens):
+        packed = pack([once[i] for i in batch], weight.device)
         logp = linear_logp(read(model, packed), weight, packed.targets)
         order += batch
         lengths = packed.cu_seqlens.diff().to(weight.device, non_blocking=True)
-        sums.append(torch.segment_reduce(logp.double(), "sum", lengths=lengths))  # what ranks is a difference of such
+        sums.append(
+            torch.segment_reduce(logp.double(), "sum", lengths=lengths, unsafe=True)
+        )  # what ranks is a difference of such
         done.tokens += packed.tokens
         done.flops += forward_flops(model, packed)
         tick(len(batch))
     values = iter(torch.cat(sums).tolist() if sums else [])  # the one wait
-    found = {i: [next(values) for _ in groups[i][1]] for i in order}
-    return [found[i] for i in range(len(groups))]
+    found = {i: {response: next(values) for response in once[i][1]} for i in order}
+    return [[found[i][tuple(response)] for response in responses] for i, (_, responses) in enumerate(groups)]
+
+
+def once_each(responses: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The responses without repetitions, in order."""
+    return list(dict.fromkeys(map(tuple, responses)))
 
 
 def rewards(
@@ -140,16 +149,18 @@ def score_all(
                 start = time.perf_counter()
                 chunk = [groups[i] for i in units[unit]]
                 found = score(model, chunk, config.batch_tokens, tick=bar.update, done=done)
-                work.put(name, unit, [{"logp": values} for values in found])
+                forwards = [len(once_each(answers)) for _, answers in chunk]
+                rows = [{"logp": values, "forwards": n} for values, n in zip(found, forwards, strict=True)]
+                work.put(name, unit, rows)
                 seconds += time.perf_counter() - start
     work.facts(
         tokens=done.tokens,
         tokens_per_second=done.tokens / seconds if seconds else None,
         mfu=utilization(resident.model, done.flops, seconds),
         memory_gb=memory_gb(resident.model),
-        # Counted from what was written: R for each distinct checkpoint is the least that ranking takes.
+        # Counted from what was written: R, less repetitions, for each distinct checkpoint is the least there can be.
         sequence_forwards_per_prompt=sum(
-            len(row["logp"]) for name in todo for unit in range(len(units)) for row in work.get(name, unit)
+            row["forwards"] for name in todo for unit in range(len(units)) for row in work.get(name, unit)
         )
         / len(groups),
     )

@@ -57,12 +57,12 @@ def train(
 
     def micro_batches(step: int) -> list[list[Labelled]]:
         window = [fitting[i] for i in steps[step]]
-        sizes = [labelled_tokens(conversation) for conversation in window]
-        return [[window[i] for i in batch] for batch in batches(sizes, config.batch_tokens)]
+        made = batches([labelled_tokens(conversation) for conversation in window], config.batch_tokens)
+        return [[window[i] for i in batch] for batch in made]
 
     def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, float], int]]:
-        window = [fitting[i] for i in steps[step]]
-        labels = sum(label != IGNORE for _, row in window for label in row[1:])
+        window = steps[step]
+        labels = sum(label != IGNORE for i in window for label in fitting[i][1][1:])
         for micro in micro_batches(step):
             loss, packed = loss_of(model, micro)
             shares = {

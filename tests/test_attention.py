@@ -78,7 +78,7 @@ def test_every_backend_that_runs_is_each_sequence_alone(backend, H, K):
     device = torch.device("cuda" if only_half else "cpu")
     tensors = [x.to(device) for x in packed_problem(H, K, E=64 if only_half else 16)]
     truth = loss_and_gradients(lambda q, k, v: one_by_one(q, k, v, 0.3), tensors)
-    for dtype in (torch.bfloat16,) if only_half else (torch.float64, torch.float32):
+    for dtype in (torch.bfloat16,) if only_half else (torch.float64, torch.float32, torch.bfloat16):
         given = [x.to(dtype) for x in tensors]
         found = loss_and_gradients(lambda q, k, v: backend.run(q, k, v, layout(device), 0.3), given)
         usual = loss_and_gradients(lambda q, k, v: one_by_one(q, k, v, 0.3), given)

@@ -48,6 +48,14 @@ def test_prompts_shared_or_not_and_however_packed_are_one_score(loaded):
     np.testing.assert_allclose(np.concatenate(alone), np.concatenate(together), rtol=0, atol=1e-5)
 
 
+def test_the_same_answer_twice_is_a_tie_to_the_last_bit_and_computed_once(loaded):
+    [(prompt, responses)], done = groups_of(5, 1), Done()
+    a, b = responses[0], [*responses[0], 7]
+    found = score(loaded, [(prompt, [a, b, a, list(a), b])], 1000, done=done)[0]
+    assert found[0] == found[2] == found[3] != found[1] == found[4]
+    assert done.tokens == len(prompt) + len(a) - 1 + len(b) - 1
+
+
 def test_no_token_is_computed_twice_and_no_padding(loaded):
     """What the model is fed is what was asked for: prompts once, answers without their last token, nothing else."""
     groups, fed = groups_of(4, 7), []
