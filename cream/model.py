@@ -312,9 +312,8 @@ def recompute(model: nn.Module, mode: str) -> None:
         options = {"use_reentrant": False, "preserve_rng_state": False}
         if mode == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-        # transformers 5.23 renames the method.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(options)
+        new = hasattr(model, "activation_checkpointing_enable")  # transformers 5.23 renames the method
+        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(options)
 
 
 def _keep_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
