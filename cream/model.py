@@ -303,11 +303,12 @@ def recompute(model: nn.Module, mode: str) -> None:
     """Say what training keeps of a layer for backward; the gradients are the same bits whatever it is.
 
     "none": all of it. "selective": what matrix products and attention made; norms, rotations and the SwiGLU product are
-    computed again, half the memory for 2% of the arithmetic. "full": a layer's input, a third more arithmetic. "auto"
-    must have been decided (plan.gradient_checkpointing).
+    computed again, half the memory and no product again. "full": a layer's input, a third more arithmetic. "auto" where
+    nobody has decided it (plan.gradient_checkpointing does): as "none".
     """
-    model.train(mode != "none")  # transformers recomputes in training mode only; nothing else depends on it
-    if mode != "none":
+    saving = mode in ("selective", "full")
+    model.train(saving)  # transformers recomputes in training mode only; nothing else depends on it
+    if saving:
         # No random numbers are drawn in a layer, so no generator's state need be kept.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         if mode == "selective":
