@@ -159,7 +159,7 @@ class ScoreConfig:
         "previous reward of round 1, where M1's predecessor is M0 and the log-ratio is 0: mean_logp is M0's mean "
         "log-probability a token, one sets agreement to 1, sft_half takes the checkpoint halfway through SFT",
     )
-    batch_tokens: int = _field(4096, COUNT, "tokens a forward pass")
+    batch_tokens: int = _field(4096, COUNT, "tokens a forward pass, or those of one prompt with its responses")
     chunk_size: int = _field(64, COUNT, "prompts in the unit that a resumed run repeats")
     max_length: int = _field(4096, COUNT, "tokens of a prompt with its response")
 

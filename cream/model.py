@@ -303,18 +303,18 @@ def recompute(model: nn.Module, mode: str) -> None:
     """Say what training keeps of a layer for backward; the gradients are the same bits whatever it is.
 
     "none": all of it. "selective": what matrix products and attention made; norms, rotations and the SwiGLU product are
-    computed again, half the memory for 2% of the arithmetic. "full": a layer's input, a third more arithmetic. "auto"
-    must have been decided (plan.gradient_checkpointing).
+    computed again, half the memory and no product again. "full": a layer's input, a third more arithmetic. "auto" where
+    nobody has decided it (plan.gradient_checkpointing does): as "none".
     """
-    model.train(mode != "none")  # transformers recomputes in training mode only; nothing else depends on it
-    if mode != "none":
+    saving = mode in ("selective", "full")
+    model.train(saving)  # transformers recomputes in training mode only; nothing else depends on it
+    if saving:
         # No random numbers are drawn in a layer, so no generator's state need be kept.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         if mode == "selective":
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-        # transformers 5.23 renames the method.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(options)
+        new = hasattr(model, "activation_checkpointing_enable")  # transformers 5.23 renames the method
+        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(options)
 
 
 def _keep_products(context, operator, *args, **kwargs) -> CheckpointPolicy:

@@ -71,7 +71,7 @@ def test_trained_weights_are_not_taken_for_the_checkpoints(tiny):
     assert torch.equal(head(model), truth) and not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("mode, products", [("none", 7), ("selective", 7), ("full", 13)])
+@pytest.mark.parametrize("mode, products", [("none", 7), ("auto", 7), ("selective", 7), ("full", 13)])
 def test_what_backward_computes_again(tiny, mode, products):
     """Of a layer's seven products selective recomputes none, full all but the last, whose result backward does not
     need; neither changes a bit of a gradient."""

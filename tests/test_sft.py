@@ -61,6 +61,21 @@ def test_the_answer_is_learnt_and_so_is_its_end(tmp_path, tiny, tokenizer, work)
     assert float(p[tokenizer.eos_token_id]) > 0.5
 
 
+def test_no_token_is_computed_that_teaches_nothing(tmp_path, tiny, tokenizer, work):
+    """What the model is fed ends, in every conversation, with the token that predicts its last label; no padding."""
+    model, fed = load(tiny, ModelConfig(dtype="float32")).requires_grad_(True), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    config = SFTConfig(epochs=1, batch_size=4, batch_tokens=100)
+    train(model, tokenizer, conversations(), config, work, metrics, seed=0)
+    encoded = [encode_conversation(tokenizer, c.messages) for c in conversations()]
+    needed = [max(i for i, label in enumerate(labels) if label != -100) for _, labels in encoded]
+    assert sum(fed) == sum(row["tokens"] for row in metrics.rows()) == sum(needed) < sum(len(ids) for ids, _ in encoded)
+    assert max(fed) <= 100 and [row["sequence_forwards_per_prompt"] for row in metrics.rows()] == pytest.approx([1] * 3)
+
+
 def test_nothing_that_fits_is_a_mistake(tmp_path, loaded, tokenizer, work):
     with pytest.raises(UserError, match="data.sft: no conversation fits sft.max_length"):
         train(loaded, tokenizer, conversations(2), SFTConfig(max_length=5), work, Metrics(tmp_path / "m"), seed=0)
