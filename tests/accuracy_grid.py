@@ -1,9 +1,9 @@
 """linear_logp's error beside plain torch's over the shapes of real models, by hand: python tests/accuracy_grid.py
 
 On the CPU, or on the GPU where there is one. Both are held to float64 of the same inputs: log-probs, dhidden and
-dweight under a random upstream of each row, trained and frozen head. Relative L2 error at most 1.25 times, largest error
-at most 2 times plain torch's in the same dtype, but for float32 rounding. The suite does the same on smaller shapes
-(test_linear_logp.py); this takes half an hour on two cores and 12 GB at the largest shape.
+dweight under a random upstream of each row, trained and frozen head. Relative L2 error at most 1.25 times and largest
+error at most 2 times plain torch's in the same dtype, but for float32 rounding. The suite does the same on smaller
+shapes (test_linear_logp.py); this takes half an hour on two cores and 12 GB at the largest shape.
 
 N rows, V vocabulary, D hidden size.
 """
