@@ -9,8 +9,10 @@ An adapter directory is peft's: adapter_config.json and adapter_model.safetensor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +72,7 @@ class Adapted(Resident):
         """The module, loaded when first asked for, whatever adapter it has."""
         if self._peft is None:
             self._model = load(self.m0, self.config)
-            self._peft = _attach(self._model, self.lora)
+            self._peft = attach(self._model, self.lora)
             self._peft.base_model.disable_adapter_layers()
         return self._model
 
@@ -94,25 +96,17 @@ class Adapted(Resident):
         model.requires_grad_(False).eval()
         if gradients:
             self._holds = None
-            random = self.lora.dropout > 0
-            recompute(model, self.config.gradient_checkpointing, rank=self.lora.r, random=random)
-            for layer in _layers(model):
-                for part in (layer.lora_A, layer.lora_B):
-                    part.requires_grad_(True)
-                layer.lora_dropout.train(True)
+            ready(model, self.lora, self.config.gradient_checkpointing)
         return model
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter's weights themselves, by the names that they have in a file of peft's."""
-        from peft import get_peft_model_state_dict
-
-        return get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        return _tensors(self._peft)
 
     def _swap(self, checkpoint: Path) -> None:
         check_adapter(checkpoint, self.lora)
         found, own = read_adapter(checkpoint), self.tensors()
-        if differing := found.keys() ^ own.keys():
-            raise UserError(f"{checkpoint / ADAPTER}: {min(differing)} is in one of adapter and model only")
+        _check_names(checkpoint, found, own)
         for name, tensor in found.items():
             if tensor.shape != own[name].shape:
                 shapes = f"{tuple(tensor.shape)} where the model has {tuple(own[name].shape)}"
@@ -131,7 +125,7 @@ class Adapted(Resident):
         open_files(directory)
 
 
-def _attach(model: nn.Module, lora: LoRAConfig):  # peft.PeftModel
+def attach(model: nn.Module, lora: LoRAConfig):  # peft.PeftModel
     """Replace the layers that get an adapter, in place. Raises UserError where the model has none of that name."""
     check_peft()
     import peft
@@ -144,11 +138,31 @@ def _attach(model: nn.Module, lora: LoRAConfig):  # peft.PeftModel
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = peft.get_peft_model(model, wanted)
+        with _quiet():
+            adapted = peft.get_peft_model(model, wanted)
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
     model.requires_grad_(False).eval()
     return adapted
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without peft's warnings: that transformers renames things, and of what `_check_names` refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _tensors(adapted) -> dict[str, Tensor]:  # of a peft.PeftModel
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(adapted, save_embedding_layers=False)
+
+
+def _check_names(directory: Path, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    if differing := found.keys() ^ own.keys():
+        raise UserError(f"{directory / ADAPTER}: {min(differing)} is in one of adapter and model only")
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -156,6 +170,15 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def ready(model: nn.Module, lora: LoRAConfig, checkpointing: str) -> None:
+    """Make the adapter what training moves, with its dropout, and nothing else."""
+    recompute(model, checkpointing, rank=lora.r, random=lora.dropout > 0)
+    for layer in _layers(model):
+        for part in (layer.lora_A, layer.lora_B):
+            part.requires_grad_(True)
+        layer.lora_dropout.train(True)
 
 
 def _begin(model: nn.Module, seed: int) -> None:
@@ -256,10 +279,13 @@ def merged(base: Path, adapter: Path, config: ModelConfig) -> nn.Module:
 
     read_settings(adapter)
     model = load(base, config, place=torch.device("cpu"))
+    found = read_adapter(adapter)
     try:
-        adapted = peft.PeftModel.from_pretrained(model, adapter)
+        with _quiet():
+            adapted = peft.PeftModel.from_pretrained(model, adapter)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{adapter}: does not fit {base}: {str(error).splitlines()[0]}") from None
+    _check_names(adapter, found, _tensors(adapted))
     for layer in _layers(model):
         inner = layer.get_base_layer()
         dtype = inner.weight.dtype

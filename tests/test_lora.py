@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cream import lora
 from cream.checkpoint import hash_tree
@@ -227,6 +228,9 @@ def test_a_given_m1_is_an_adapter_of_the_same_kind(finished, tiny, other, tmp_pa
     given |= {"sft.path": str(finished / "sft/model")}
     main(arguments(tiny, tmp_path / "run", **SETTINGS | given))
     assert stages(tmp_path / "run")[-1] == "iter1/train"
+    later = ("--resume", "--run.only", "iter1/merge")
+    main(arguments(tiny, tmp_path / "run", *later, **SETTINGS | given))
+    assert stages(tmp_path / "run")[-1] == "iter1/merge" and (tmp_path / "run/iter1/merged/config.json").is_file()
     for changes, message in (
         ({"sft.path": str(other)}, "is a whole model, but lora.r asks for adapters over M0"),
         ({"lora.r": "0"}, "is an adapter, but lora.r is 0"),
@@ -256,6 +260,13 @@ def test_adapters_of_another_model_or_none_are_refused(tiny, tmp_path, tokenizer
         adapted(tiny).at(random_adapter(deep, tmp_path / "two", 1))
     with pytest.raises(UserError, match="not the configuration of an adapter"):
         adapted(tiny).at(tmp_path)
+    tensors = load_file(place / lora.ADAPTER)
+    save_file({name: tensors[name] for name in sorted(tensors)[1:]}, place / lora.ADAPTER)
+    with pytest.raises(UserError, match="layers.0.* is in one of adapter and model only"):
+        lora.merged(wide, place, FLOAT32)
+    (place / lora.ADAPTER).write_bytes(b"{}")
+    with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
+        lora.merged(wide, place, FLOAT32)
     settings = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/nowhere"}))
     with pytest.raises(UserError, match="base_model_name_or_path: /nowhere is not there.*write there where the base"):
@@ -263,6 +274,22 @@ def test_adapters_of_another_model_or_none_are_refused(tiny, tmp_path, tokenizer
     (place / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "IA3"}))
     with pytest.raises(UserError, match="an adapter of kind IA3; cream reads LoRA adapters"):
         lora.base_of(place, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lora.targets": "q_proj lm_head"}, "lora.targets is ['q_proj', 'lm_head'] on the command line, but must be"),
+        ({"lora.dropout": "1"}, "lora.dropout"),
+        ({"lora.r": "0", "run.only": "iter1/merge"}, "iter1/merge: lora.r is 0, so there is no adapter to merge"),
+    ],
+)
+def test_mistakes_are_one_line(finished, tiny, tmp_path, capsys, changes, message):
+    again = shutil.copytree(finished, tmp_path / "again")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, again, "--resume", **SETTINGS | changes))
+    assert stop.value.code == 2 and message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("program", ["train", "doctor"])
