@@ -25,21 +25,23 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+SLOW = 5  # times as slow as the first, cream, and over a tenth of the budget: one timed call has to do
 FLUSH_BYTES = 2**28  # more than the L2 cache of any card
 FEWEST_REPEATS = 3
 
 PROTOCOL = """\
 Protocol. Every implementation gets the same inputs and is first checked against float64: for every output (results and
 gradients) the relative error ||out - truth|| / ||truth|| may be at most twice that of plain torch in the same dtype
-(plus 1e-6), or it gives no row. That call compiles and warms up, and one more turn goes uncounted. Then all take turns
-in one process, so that what else the machine does falls on all: median (p20 to p80; least and most below five turns).
+(plus 1e-6), or it gives no row. That call compiles and warms up, and one more turn goes uncounted, except for what is
+over 5 times as slow as cream and takes long: that turn is its time. The others take turns in one process, so that what
+else the machine does falls on all: median (p20 to p80; least and most below five turns).
 On a GPU each call starts with a cold L2 (256 MB are written before) and is timed by events. Limits are measured in the
 same run: the bare matrix products of the operation (no smaller number of floating-point operations is known), and the
 bytes that must move at the speed of a large copy; "of limit" is the larger of the two over the time. Memory is the peak
 during one call beyond what was there before it, results and gradients included; "extra" is without the weight's own
 gradient. On a GPU it is the allocator's peak. On a CPU each implementation runs in a fresh process: inputs made, one
 call of full size (so that libraries are loaded and code is compiled), freed memory returned to the system, the
-process's high-water mark put back (Linux), then getrusage's ru_maxrss after one more call less that before it."""
+process's high-water mark put back, then that mark after one more call less that before it (VmHWM, so Linux only)."""
 
 
 @dataclass
@@ -213,17 +215,18 @@ def measure(case: Case, args: Namespace, memory: Mapping[str, float | None]) -> 
             print(f"  {label}: {name} is wrong, so it gives no row: {errors[name]}, plain torch {errors['eager']}")
     shown = [name for name in case.run if name in right and (args.peers is None or name in ["cream", *args.peers])]
     turns = {name: right[name] for name in shown} | {f"bare {name}": f for name, f in case.bare.items()}
-    start = time.perf_counter()
-    interleave(turns, 1, device, warm_up=0)
-    repeats = max(FEWEST_REPEATS, min(args.repeats, int(args.budget / (time.perf_counter() - start))))
-    times = interleave(turns, repeats, device, warm_up=0)
+    once = interleave(turns, 1, device, warm_up=0)
+    repeats = max(FEWEST_REPEATS, min(args.repeats, int(1e3 * args.budget / sum(ms for (ms,) in once.values()))))
+    slow = {name for name, (ms,) in once.items() if ms > SLOW * once[shown[0]][0] and ms > 1e3 * args.budget / 10}
+    times = interleave({name: turns[name] for name in turns if name not in slow}, repeats, device, warm_up=0)
+    times |= {name: once[name] for name in slow}
     limits = case.limits_ms | {name: statistics.median(times[f"bare {name}"]) for name in case.bare}
     rows = []
     for name in shown:
         row = facts(device) | case.key | {"impl": name}
         row |= {"version": case.versions[name]} if name in case.versions else {}
         factor = case.scale.get(name, 1.0)
-        row |= spread([factor * ms for ms in times[name]]) | {"repeats": repeats}
+        row |= spread([factor * ms for ms in times[name]]) | {"repeats": len(times[name])}
         row |= {"scaled_by": factor} if factor != 1 else {}
         mib = memory[name] if name in memory else peak_mib(right[name], device) if device == "cuda" else None
         if mib is not None:

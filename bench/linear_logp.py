@@ -21,7 +21,7 @@ TABLES = {
     "trained": peers.LINEAR_LOGP,
     "unit": peers.LINEAR_SUM,
 }
-MODES = {"tiny": [*TABLES], "small": ["forward", "frozen"], "cpu": ["forward", "frozen"], "full": [*TABLES]}
+MODES = {"tiny": [*TABLES], "small": ["frozen"], "cpu": ["forward", "frozen"], "full": [*TABLES]}
 CHUNK = 256  # rows of float64 logits at a time
 
 

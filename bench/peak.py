@@ -9,21 +9,25 @@ import ctypes
 import gc
 import importlib
 import json
-import resource
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-CLEAR = Path("/proc/self/clear_refs")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def highest_mib() -> float:
-    """The most that this process has held in memory since it started, or since reset()."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+    """The most that this process has held in memory since it started, or since reset().
+
+    Not getrusage's ru_maxrss: a process inherits in it what its parent held when it started the process.
+    """
+    return int(re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.M)[1]) / 2**10
 
 
 def reset() -> bool:
-    """Give freed memory back and put the high-water mark where memory is now; False where the system cannot."""
+    """Give freed memory back to the system and put the high-water mark where memory is now; False where it is not
+    Linux."""
     if not CLEAR.exists():
         return False
     gc.collect()
@@ -35,7 +39,8 @@ def reset() -> bool:
 
 
 def resident_peak_mib(function: Callable[[], object]) -> float | None:
-    """What one call adds at most to what is held before it; the function should have run before."""
+    """What one call adds at most to what is held before it, or None where that cannot be told; the function should
+    have run before."""
     if not reset():
         return None
     before = highest_mib()

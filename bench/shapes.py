@@ -25,7 +25,7 @@ HEADS = {
 # size -> (model, N); "cpu" is what is measured on a CPU where no size is asked for, "full" is for a GPU
 HEAD_SIZES = {
     "tiny": [("tiny", 48)],
-    "small": [("SmolLM2-135M", 256)],
+    "small": [("SmolLM2-135M", 128)],
     "cpu": [(model, N) for model in ("SmolLM2-135M", "LLaMA-2-7B") for N in (512, 2048)],
     "full": [
         *((model, N) for model in ("LLaMA-2-7B", "LLaMA-3-8B") for N in (2048, 8192)),

@@ -136,9 +136,9 @@ def plot(name: str, rows: Sequence[dict], folder: Path) -> list[Path]:
     return written
 
 
-def show(name: str, rows: Sequence[dict], results: Path | None) -> None:
+def show(name: str, rows: Sequence[dict], results: Path | None, protocol: str = harness.PROTOCOL) -> None:
     """What every benchmark ends with: the protocol, one table, and the plot of all rows so far."""
-    print(f"\n{harness.PROTOCOL}\n")
+    print(f"\n{protocol.strip()}\n")
     if not rows:
         print(f"{name}: nothing was measured")
         return
