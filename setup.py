@@ -122,7 +122,15 @@ setup(
         "trl": ["trl>=1.15"],
         "peft": ["peft>=0.19"],
         "vllm": ["vllm>=0.22"],  # pins its own torch: give it an environment of its own
-        "bench": ["trl>=1.15", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
+        "bench": [
+            "trl>=1.15",
+            "liger-kernel>=0.8",
+            "cut-cross-entropy>=25.1",
+            "scipy>=1.13",
+            "torchmetrics>=1.4",
+            "hyper-corr>=0.2",
+        ],
+        "bench-gpu": ["quack-kernels>=0.6", "liger-kernel[cutedsl]>=0.8"],  # these need CUDA to be of use
         "dev": ["pytest>=8", "hypothesis>=6.100", "scipy>=1.13", "ruff>=0.9", "setuptools>=77"],
     },
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

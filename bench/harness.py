@@ -151,8 +151,8 @@ def relative_errors(outputs: Mapping[str, Tensor], truth: Mapping[str, Tensor]) 
     errors = {}
     for name, exact in truth.items():
         scale = exact.norm().item()
-        # minus float64 in place: of a weight's gradient there are gigabytes
-        errors[name] = outputs[name].double().sub_(exact).norm().item() / (scale or 1.0)
+        # in place, in a copy: of a weight's gradient there are gigabytes
+        errors[name] = outputs[name].to(torch.float64, copy=True).sub_(exact).norm().item() / (scale or 1.0)
     return errors
 
 
@@ -189,7 +189,7 @@ def peak_mib(function: Callable[[], object], device: str) -> float:
 def child_peaks(module: str, name: str, specs: Sequence[dict]) -> list[float | None]:
     """MiB of that implementation in each case, in a process of its own; None where it is not there or cannot."""
     command = [sys.executable, "-m", "bench.peak", module, name, json.dumps(list(specs))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         print(f"  memory of {name}: the process ended with {done.returncode}: {reason}")
@@ -204,7 +204,13 @@ def measure(case: Case, args: Namespace, memory: Mapping[str, float | None]) -> 
         print(f"  {label}: no {name}: {reason}")
     errors, excesses, right = {}, {}, {}
     for name in sorted(case.run, key=lambda name: name != case.yardstick):
-        outputs = case.run[name]()
+        try:
+            outputs = case.run[name]()
+        except Exception as error:  # of a peer's code, which may raise anything; ours may not
+            if name in ("cream", case.yardstick):
+                raise
+            print(f"  {label}: no {name}: it raised {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+            continue
         errors[name] = relative_errors(outputs, case.truth(name))
         del outputs
         plain = errors[case.yardstick] if case.yardstick else dict.fromkeys(errors[name], 0.0)

@@ -1,8 +1,9 @@
 """Time Kendall's tau of many rankings, on the CPU: python -m bench.kendall
 
 P prompts, R responses. Slow peers are timed on some of the rows and scaled up, and their rows say so. The limit is the
-comparisons: 4 for each pair of columns (greater and less, in x and in y), or those of two sorts, 2 R log2 R, where these
-are fewer, at the rate at which this CPU's vector units compare and count, measured in the same run, on all threads.
+comparisons: 4 for each pair of columns (greater and less, in x and in y), or those of two sorts, 2 R log2 R, where
+these are fewer, at the rate at which this CPU's vector units compare and count, measured in the same run, on all
+threads.
 """
 
 from __future__ import annotations

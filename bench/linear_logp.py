@@ -1,7 +1,7 @@
 """Time log-probs from hidden states and LM head: python -m bench.linear_logp
 
-Modes: `forward` scores; `frozen` adds the gradient of the hidden states, `trained` the head's too, both under an upstream
-gradient of its own for each token; `unit` is trained under an upstream of 1, for peers that give only the sum.
+Modes: `forward` scores; `frozen` adds the gradient of the hidden states, `trained` the head's too, both under an
+upstream gradient of its own for each token; `unit` is trained under an upstream of 1, for peers that give only the sum.
 """
 
 from __future__ import annotations

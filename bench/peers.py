@@ -312,9 +312,7 @@ PLAIN_DPO = {name: WEIGHTED_DPO[name] for name in ("cream", "eager")} | {
 # each sequence is prompt: (hidden (N, D), weight, targets (N,), ref_hidden, ref_weight, num_pairs) -> (P,) or (1,) sum
 
 
-def with_reference(
-    make_loss: Callable[[], Callable], make_logp: Callable[[], Callable]
-) -> Callable[[], Callable]:
+def with_reference(make_loss: Callable[[], Callable], make_logp: Callable[[], Callable]) -> Callable[[], Callable]:
     def make() -> Callable:
         loss, linear_logp = make_loss(), make_logp()
 

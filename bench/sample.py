@@ -1,8 +1,8 @@
 """Time sampling against transformers' generate on the same work: python -m bench.sample
 
-P prompts x R responses x T tokens each, none of which ends early, so that all compute the same number of tokens. The peer
-is transformers' generate; on a GPU also its continuous batching, generate_batch. Correctness first: greedy, ours and
-generate must write the same tokens; then turns in one process.
+P prompts x R responses x T tokens each, none of which ends early, so that all compute the same number of tokens. The
+peer is transformers' generate; on a GPU also its continuous batching, generate_batch. Correctness first: greedy, ours
+and generate must write the same tokens; then turns in one process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.repeats = args.repeats or 3
     options.resolve(args)
     rows = []
-    for dtype in dtypes:
+    for dtype in args.dtypes:
         found = measure(args, dtype)
         harness.record("sample", found, args.results)
         rows += found

@@ -1,9 +1,9 @@
 """Time scoring R answers to each prompt against padded batches with full logits: python -m bench.score
 
-The peer is what rewarding code commonly does, the released CREAM code's rewarding.py included: every answer with its own
-copy of the prompt, padded to the longest of the batch, (S, T, V) logits, log-softmax, gather. "cream, unshared" is our
-own scoring with each answer as a prompt group of its own, so that what sharing brings shows. Correctness first: no more
-than twice the padded peer's error against float64, on four prompts; then turns in one process.
+The peer is what rewarding code commonly does, the released CREAM code's rewarding.py included: every answer with its
+own copy of the prompt, padded to the longest of the batch, (S, T, V) logits, log-softmax, gather. "cream, unshared" is
+our own scoring with each answer as a prompt group of its own, so that what sharing brings shows. Correctness first: no
+more than twice the padded peer's error against float64, on four prompts; then turns in one process.
 """
 
 from __future__ import annotations

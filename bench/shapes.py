@@ -1,7 +1,7 @@
 """LM heads of real models and how many tokens reach them.
 
-Token counts: 512 is 8 answers of 64 tokens, what the smoke recipe trains on at once; 2048 is a micro-batch of 4 pairs of
-256-token answers; 8192 is what one 80 GB card takes of a 7B model.
+Token counts: 512 is 8 answers of 64 tokens, what the smoke recipe trains on at once; 2048 is a micro-batch of 4 pairs
+of 256-token answers; 8192 is what one 80 GB card takes of a 7B model.
 """
 
 from __future__ import annotations

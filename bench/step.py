@@ -1,9 +1,10 @@
 """Time one optimizer step of weighted DPO against TRL's DPOTrainer: python -m bench.step
 
-The same model, the same pairs of GSM8K-like lengths, cached reference log-probs and AdamW (fused) on both sides; TRL with
-its defaults (8 pairs a micro-batch, gradient checkpointing) and with checkpointing off. Ours trains as a run does, by its
-own defaults. In bfloat16 TRL keeps float32 weights under autocast, its default, and ours bfloat16 weights with float32
-masters. Agreement is 1 throughout, since TRL has no weight for a pair.
+The same model, the same pairs of GSM8K-like lengths, cached reference log-probs and AdamW (fused) on both sides; TRL
+with its defaults (8 pairs a micro-batch, gradient checkpointing) and with checkpointing off. Ours trains as a run does,
+by its own defaults. In bfloat16 TRL keeps float32 weights under autocast, its default, and ours bfloat16 weights with
+float32 masters. Agreement is 1 throughout, since TRL has no weight for a pair. Correctness first: the mean loss of four
+pairs, against float64.
 
 Each implementation lives in a process of its own and they take turns. A pair counts once however it is padded. Memory
 is the peak of the second step with weights, optimizer and all, beyond what the process held before the model came.
@@ -63,7 +64,7 @@ def make_pairs(count: int, directory: Path) -> list[dict]:
 
 
 def make_cream(directory: Path, pairs: list[dict], dtype: str) -> tuple[Callable[[], float], Callable[[], float]]:
-    """A step, giving its milliseconds, and the mean loss of the first pairs. All that is known of the trainer is here."""
+    """A step, giving its milliseconds, and the mean loss of the first pairs: all that is known here of the trainer."""
     from cream.config import ModelConfig, TrainConfig
     from cream.dpo import loss_of, train
     from cream.log import Metrics
@@ -200,7 +201,9 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("WORKER "):
                 return json.loads(line.removeprefix("WORKER "))
-        raise RuntimeError(f"{self.name} ended: {(self.process.stderr.read().strip().splitlines() or ['no message'])[-1]}")
+        raise RuntimeError(
+            f"{self.name} ended: {(self.process.stderr.read().strip().splitlines() or ['no message'])[-1]}"
+        )
 
     def step(self) -> dict:
         self.process.stdin.write("step\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +87,7 @@ def markdown(rows: Sequence[dict]) -> str:
         by_place = {(row["impl"], column_of(row)): row for row in members}
         names = list(dict.fromkeys(row["impl"] for row in members))
         body = [[name, *(cell(by_place.get((name, column))) for column in columns)] for name in names]
-        title = f"{device}, {threads} thread{'s' if threads != 1 else ''}, {dtype}{', ' + mode if mode else ''}"
+        title = ", ".join(filter(None, [device, counted(threads), dtype, mode]))
         parts.append(tabulate(body, [title, *columns], tablefmt="github", disable_numparse=True))
     if any("scaled_by" in row for row in newest(rows)):
         parts.append("\\* timed on a part of the rows and scaled up.")
@@ -96,44 +98,56 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def plot(name: str, rows: Sequence[dict], folder: Path) -> list[Path]:
-    """One SVG a device, NAME-DEVICE.svg: times as bars, a panel for each dtype and mode. The bytes depend on the rows
-    alone (and on matplotlib's version)."""
+def drawings(name: str, rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """What there is to plot: file name -> the newest rows of one device."""
+    found: dict[str, list[dict]] = {}
+    for row in newest(rows):
+        found.setdefault(f"{name}-{slug(row['device'])}.svg", []).append(row)
+    return found
+
+
+def digest(rows: Sequence[dict]) -> str:
+    """Changes with what a plot of these rows shows; the plot carries it, so that it can be checked without drawing."""
+    shown = [[row.get(name) for name in KEY] + [row["impl"], row["ms"]] for row in rows]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def plot(path: Path, name: str, rows: Sequence[dict]) -> None:
+    """Times as bars, a panel for each dtype and mode. The bytes depend on the rows and matplotlib's version alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    rows = newest(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    panels = groups(rows)
     names = list(dict.fromkeys(row["impl"] for row in rows))
-    for device in dict.fromkeys(row["device"] for row in rows):
-        panels = {key: members for key, members in groups(rows).items() if key[0] == device}
-        with matplotlib.rc_context({"svg.hashsalt": "cream", "svg.fonttype": "none", "font.size": 8}):
-            width = max(len(columns_of(members)) for members in panels.values())
-            figure, axes = pyplot.subplots(
-                len(panels), 1, figsize=(2 + 2 * width, 2.2 * len(panels)), squeeze=False, layout="constrained"
-            )
-            for axis, ((_, threads, dtype, mode), members) in zip(axes[:, 0], panels.items(), strict=True):
-                columns = columns_of(members)
-                shown = [name for name in names if any(row["impl"] == name for row in members)]
-                for i, impl in enumerate(shown):
-                    mine = {column_of(row): row for row in members if row["impl"] == impl}
-                    places = [c + (i - (len(shown) - 1) / 2) * 0.8 / len(shown) for c in range(len(columns))]
-                    ms = [mine[column]["ms"] if column in mine else 0 for column in columns]
-                    axis.bar(places, ms, 0.8 / len(shown), label=impl, color=f"C{names.index(impl) % 10}")
-                axis.set_xticks(range(len(columns)), columns)
-                axis.set_yscale("log")
-                axis.set_ylabel("ms")
-                axis.set_title(f"{dtype}{', ' + mode if mode else ''}, {threads} thread{'s' if threads != 1 else ''}")
-                axis.legend(fontsize=6, ncols=2)
-            figure.suptitle(f"{name}: {device}")
-            path = folder / f"{name}-{slug(device)}.svg"
-            figure.savefig(path, metadata={"Date": None, "Creator": None})
-            pyplot.close(figure)
-        written.append(path)
-    return written
+    width = max(len(columns_of(members)) for members in panels.values())
+    with matplotlib.rc_context({"svg.hashsalt": "cream", "svg.fonttype": "none", "font.size": 8}):
+        figure, axes = pyplot.subplots(
+            len(panels), 1, figsize=(2 + 2 * width, 2.2 * len(panels)), squeeze=False, layout="constrained"
+        )
+        for axis, ((_, threads, dtype, mode), members) in zip(axes[:, 0], panels.items(), strict=True):
+            columns = columns_of(members)
+            shown = [name for name in names if any(row["impl"] == name for row in members)]
+            for i, impl in enumerate(shown):
+                mine = {column_of(row): row["ms"] for row in members if row["impl"] == impl}
+                shift = (i - (len(shown) - 1) / 2) * 0.8 / len(shown)
+                places = [c + shift for c, column in enumerate(columns) if column in mine]
+                ms = [mine[column] for column in columns if column in mine]
+                axis.bar(places, ms, 0.8 / len(shown), label=impl, color=f"C{names.index(impl) % 10}")
+            axis.set_xticks(range(len(columns)), columns)
+            axis.set_yscale("log")
+            axis.set_ylabel("ms")
+            axis.set_title(", ".join(filter(None, [dtype, mode, counted(threads)])))
+            axis.legend(fontsize=6, ncols=2)
+        figure.suptitle(f"{name}: {rows[0]['device']}")
+        figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": digest(rows)})
+        pyplot.close(figure)
+
+
+def counted(threads: int) -> str:
+    return f"{threads} thread{'' if threads == 1 else 's'}"
 
 
 def show(name: str, rows: Sequence[dict], results: Path | None, protocol: str = harness.PROTOCOL) -> None:
@@ -143,7 +157,7 @@ def show(name: str, rows: Sequence[dict], results: Path | None, protocol: str = 
         print(f"{name}: nothing was measured")
         return
     print(long_table(rows))
-    folder = results or harness.RESULTS
-    everything = harness.read(name, folder)
-    for path in plot(name, everything, PLOTS if results is None else folder):
-        print(f"rows in {folder / name}.jsonl, plot in {path}")
+    folder, plots = results or harness.RESULTS, results or PLOTS
+    for file, members in drawings(name, harness.read(name, folder)).items():
+        plot(plots / file, name, members)
+        print(f"rows in {folder / name}.jsonl, plot in {plots / file}")

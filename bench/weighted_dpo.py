@@ -1,8 +1,8 @@
 """Time the whole weighted DPO loss, from hidden states and LM head to both gradients: python -m bench.weighted_dpo
 
-Modes: `weighted` has an agreement and cached reference log-probs of its own for each pair; `plain` has agreement 1 and a
-reference of 0, which is what Liger's fused loss can do; `reference` is plain with the reference's log-probs made in the
-call from its hidden states and head, and padded batches for Liger, half prompt.
+Modes: `weighted` has an agreement and cached reference log-probs of its own for each pair; `plain` has agreement 1 and
+a reference of 0, which is what Liger's fused loss can do; `reference` is plain with the reference's log-probs made in
+the call from its hidden states and head, and padded batches for Liger, half prompt.
 
 Sequences are of one length, which suits those that pad; prompts are left out except where Liger's padding holds them.
 """
