@@ -15,7 +15,7 @@ from bench import harness, options, peers
 from bench.shapes import HEAD_SIZES, HEADS
 from cream_kernels import reference
 
-MODES = ["forward", "both"]
+TABLES = {"forward": peers.GATHER_LOGP, "both": peers.GATHER_LOGP}
 CHUNK = 256  # rows of float64 at a time
 
 
@@ -59,7 +59,7 @@ def case(
     model: str, N: int, dtype: str, mode: str, device: str, names: Sequence[str] | None, weigh: bool = False
 ) -> harness.Case:
     logits, targets = problem(model, N, dtype, device)
-    there, absent, versions = peers.split(peers.GATHER_LOGP, device, names)
+    there, absent, versions = peers.split(TABLES[mode], device, names)
     truth: dict[str, Tensor] = {}
 
     def make_truth(name: str) -> dict[str, Tensor]:
@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"model": model, "N": N, "dtype": dtype, "mode": mode}
         for model, N in options.heads(args, HEAD_SIZES)
         for dtype in args.dtypes
-        for mode in options.chosen(args.modes, MODES, "mode")
+        for mode in options.chosen(args.modes, [*TABLES], "mode")
     ]
-    harness.run("gather_logp", case, specs, args, peers.there([peers.GATHER_LOGP], args))
+    harness.run("gather_logp", case, specs, args, peers.there(TABLES, TABLES, args))
 
 
 if __name__ == "__main__":

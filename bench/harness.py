@@ -218,8 +218,10 @@ def measure(case: Case, args: Namespace, memory: Mapping[str, float | None]) -> 
         if excesses[name] <= 1:
             right[name] = case.run[name]
         else:
-            print(f"  {label}: {name} is wrong, so it gives no row: {errors[name]}, plain torch {errors['eager']}")
+            print(f"  {label}: {name} is wrong, so it gives no row: {errors[name]}, allowed is twice {plain}")
     shown = [name for name in case.run if name in right and (args.peers is None or name in ["cream", *args.peers])]
+    if not shown:
+        return []
     turns = {name: right[name] for name in shown} | {f"bare {name}": f for name, f in case.bare.items()}
     once = interleave(turns, 1, device, warm_up=0)
     repeats = max(FEWEST_REPEATS, min(args.repeats, int(1e3 * args.budget / sum(ms for (ms,) in once.values()))))
@@ -227,9 +229,9 @@ def measure(case: Case, args: Namespace, memory: Mapping[str, float | None]) -> 
     times = interleave({name: turns[name] for name in turns if name not in slow}, repeats, device, warm_up=0)
     times |= {name: once[name] for name in slow}
     limits = case.limits_ms | {name: statistics.median(times[f"bare {name}"]) for name in case.bare}
-    rows = []
+    known, rows = facts(device) | case.key, []
     for name in shown:
-        row = facts(device) | case.key | {"impl": name}
+        row = known | {"impl": name}
         row |= {"version": case.versions[name]} if name in case.versions else {}
         factor = case.scale.get(name, 1.0)
         row |= spread([factor * ms for ms in times[name]]) | {"repeats": len(times[name])}

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse(__doc__, argv)
     args.device, args.memory = "cpu", False
     specs = [{"P": P, "R": R} for P, R in RANKING_SIZES[args.size]]
-    harness.run("kendall", case, specs, args, peers.there([peers.KENDALL], args))
+    harness.run("kendall", case, specs, args, peers.there({"tau": peers.KENDALL}, ["tau"], args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,11 +63,12 @@ def split(
     return {name: table[name].make() for name in there}, absent, versions
 
 
-def there(tables: Sequence[Mapping[str, Peer]], args: Namespace) -> list[str]:
-    """Every name of the tables that was asked for and can run; SystemExit(2) for one that none of them has."""
-    known = list(dict.fromkeys(name for table in tables for name in table))
+def there(tables: Mapping[str, Mapping[str, Peer]], modes: Iterable[str], args: Namespace) -> list[str]:
+    """Every name that was asked for and can run in one of the modes; SystemExit for one that no mode's table has."""
+    known = list(dict.fromkeys(name for table in tables.values() for name in table))
     asked = chosen(None if args.peers is None else [*args.peers, "cream"], known, "peer")
-    return [name for name in asked if any(name in t and why_not(t[name], args.device) is None for t in tables)]
+    used = [tables[mode] for mode in dict.fromkeys(modes)]
+    return [name for name in asked if any(name in t and why_not(t[name], args.device) is None for t in used)]
 
 
 # Log-probs from hidden states: (hidden (N, D), weight (V, D), targets (N,)) -> (N,) float32, nats

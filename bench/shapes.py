@@ -30,7 +30,6 @@ HEAD_SIZES = {
     "full": [
         *((model, N) for model in ("LLaMA-2-7B", "LLaMA-3-8B") for N in (2048, 8192)),
         ("Qwen2.5-7B", 8192),
-        ("SmolLM2-135M", 8192),
     ],
 }
 

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from bench import harness
 
 PLOTS = Path(__file__).parent / "plots"
-KEY = ("device", "threads", "model", "shape", "dtype", "mode")
+KEY = ("device", "threads", "piece", "model", "shape", "dtype", "mode")
 RATES = {"tokens_per_second": "tokens/s", "sequences_per_second": "sequences/s", "pairs_per_second": "pairs/s"}
 
 
@@ -28,7 +28,7 @@ def newest(rows: Sequence[dict]) -> list[dict]:
 
 
 def shape_label(row: Mapping) -> str:
-    return " x ".join(map(str, row["shape"]))
+    return " x ".join(map(str, row["shape"])) if isinstance(row["shape"], list) else str(row["shape"])
 
 
 def number(value: float) -> str:
@@ -38,13 +38,21 @@ def number(value: float) -> str:
 
 def line(row: Mapping) -> str:
     """One row for the terminal, as it comes."""
-    where = ", ".join(str(row[name]) for name in ("model", "dtype", "mode") if name in row)
+    where = ", ".join(str(row[name]) for name in ("piece", "model", "dtype", "mode") if name in row)
     return f"{where} {shape_label(row)} {row['impl']}: {number(row['ms'])} ms ({row['p20']} to {row['p80']})"
 
 
 def long_table(rows: Sequence[dict]) -> str:
     """Every row with everything a reader of a terminal wants to see."""
-    columns = {"model": "model", "shape": "shape", "dtype": "dtype", "mode": "mode", "impl": "impl", "ms": "ms"}
+    columns = {
+        "piece": "piece",
+        "model": "model",
+        "shape": "shape",
+        "dtype": "dtype",
+        "mode": "mode",
+        "impl": "impl",
+        "ms": "ms",
+    }
     columns |= {"p20": "p20", "p80": "p80", "of_limit": "of limit", "mib": "MiB", "extra_mib": "extra MiB"}
     columns |= {"error": "error", "scaled_by": "scaled by", **RATES}
     used = [name for name in columns if any(name in row for row in rows)]
@@ -64,10 +72,11 @@ def cell(row: Mapping | None) -> str:
 
 
 def groups(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
-    """Rows by device, threads, dtype and mode: what one table or panel shows."""
+    """Rows by device, threads and what is common to them (piece, dtype, mode): what one table or panel shows."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault((row["device"], row["threads"], row["dtype"], row.get("mode", "")), []).append(row)
+        common = ", ".join(row[name] for name in ("piece", "dtype", "mode") if name in row)
+        found.setdefault((row["device"], row["threads"], common), []).append(row)
     return found
 
 
@@ -82,12 +91,12 @@ def column_of(row: Mapping) -> str:
 def markdown(rows: Sequence[dict]) -> str:
     """One small table for each device, dtype and mode; a line an implementation, a column a shape."""
     parts = []
-    for (device, threads, dtype, mode), members in groups(newest(rows)).items():
+    for (device, threads, common), members in groups(newest(rows)).items():
         columns = columns_of(members)
         by_place = {(row["impl"], column_of(row)): row for row in members}
         names = list(dict.fromkeys(row["impl"] for row in members))
         body = [[name, *(cell(by_place.get((name, column))) for column in columns)] for name in names]
-        title = ", ".join(filter(None, [device, counted(threads), dtype, mode]))
+        title = ", ".join(filter(None, [device, counted(threads), common]))
         parts.append(tabulate(body, [title, *columns], tablefmt="github", disable_numparse=True))
     if any("scaled_by" in row for row in newest(rows)):
         parts.append("\\* timed on a part of the rows and scaled up.")
@@ -127,7 +136,7 @@ def plot(path: Path, name: str, rows: Sequence[dict]) -> None:
         figure, axes = pyplot.subplots(
             len(panels), 1, figsize=(2 + 2 * width, 2.2 * len(panels)), squeeze=False, layout="constrained"
         )
-        for axis, ((_, threads, dtype, mode), members) in zip(axes[:, 0], panels.items(), strict=True):
+        for axis, ((_, threads, common), members) in zip(axes[:, 0], panels.items(), strict=True):
             columns = columns_of(members)
             shown = [name for name in names if any(row["impl"] == name for row in members)]
             for i, impl in enumerate(shown):
@@ -139,7 +148,7 @@ def plot(path: Path, name: str, rows: Sequence[dict]) -> None:
             axis.set_xticks(range(len(columns)), columns)
             axis.set_yscale("log")
             axis.set_ylabel("ms")
-            axis.set_title(", ".join(filter(None, [dtype, mode, counted(threads)])))
+            axis.set_title(", ".join(filter(None, [common, counted(threads)])))
             axis.legend(fontsize=6, ncols=2)
         figure.suptitle(f"{name}: {rows[0]['device']}")
         figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": digest(rows)})

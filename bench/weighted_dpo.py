@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for mode in options.chosen(args.modes, [*TABLES], "mode")
         if args.modes or mode in MODES[args.size]
     ]
-    harness.run("weighted_dpo", case, specs, args, peers.there([TABLES[spec["mode"]] for spec in specs], args))
+    harness.run("weighted_dpo", case, specs, args, peers.there(TABLES, (spec["mode"] for spec in specs), args))
 
 
 if __name__ == "__main__":
