@@ -274,9 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.worker:
         name, model, count, dtype = args.worker
         return worker(name, model, int(count), dtype)
-    asked_turns = args.repeats
+    asked_turns, asked_dtypes = args.repeats, args.dtypes
     options.resolve(args)
     args.repeats = asked_turns or (1 if args.size in ("tiny", "small") else 3)
+    dtypes = asked_dtypes or (["bfloat16"] if args.size == "full" else ["float32"])  # as a run would choose by itself
     model, count = SIZES[args.size]
     names = ["cream", *options.chosen(args.peers, [name for name in MAKERS if name != "cream"], "peer")]
     reason = peers.why_not(peers.Peer(lambda: None, "trl", "trl"), args.device)
@@ -284,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"  no trl: {reason}")
         names = ["cream"]
     rows = []
-    for dtype in args.dtypes if args.size != "cpu" else args.dtypes[:1]:
+    for dtype in dtypes:
         found = measure(model, args.pairs or count, dtype, names, args)
         harness.record("step", found, args.results)
         rows += found

@@ -117,12 +117,12 @@ def drawings(name: str, rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 def digest(rows: Sequence[dict]) -> str:
     """Changes with what a plot of these rows shows; the plot carries it, so that it can be checked without drawing."""
-    shown = [[row.get(name) for name in KEY] + [row["impl"], row["ms"]] for row in rows]
+    shown = [[row.get(name) for name in (*KEY, "impl", "ms", "p20", "p80")] for row in rows]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def plot(path: Path, name: str, rows: Sequence[dict]) -> None:
-    """Times as bars, a panel for each dtype and mode. The bytes depend on the rows and matplotlib's version alone."""
+    """Medians with p20 and p80, a panel for each dtype and mode. The bytes depend on rows and matplotlib's version."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,16 +140,21 @@ def plot(path: Path, name: str, rows: Sequence[dict]) -> None:
             columns = columns_of(members)
             shown = [name for name in names if any(row["impl"] == name for row in members)]
             for i, impl in enumerate(shown):
-                mine = {column_of(row): row["ms"] for row in members if row["impl"] == impl}
-                shift = (i - (len(shown) - 1) / 2) * 0.8 / len(shown)
+                mine = {column_of(row): row for row in members if row["impl"] == impl}
+                shift = (i - (len(shown) - 1) / 2) * 0.7 / len(shown)
                 places = [c + shift for c, column in enumerate(columns) if column in mine]
-                ms = [mine[column] for column in columns if column in mine]
-                axis.bar(places, ms, 0.8 / len(shown), label=impl, color=f"C{names.index(impl) % 10}")
+                found = [mine[column] for column in columns if column in mine]
+                ms = [row["ms"] for row in found]
+                below, above = [r["ms"] - r["p20"] for r in found], [r["p80"] - r["ms"] for r in found]
+                color = f"C{names.index(impl) % 10}"
+                axis.errorbar(places, ms, [below, above], fmt="o", markersize=4, color=color, label=impl)
+            axis.set_xlim(-0.5, len(columns) - 0.5)
             axis.set_xticks(range(len(columns)), columns)
             axis.set_yscale("log")
             axis.set_ylabel("ms")
             axis.set_title(", ".join(filter(None, [common, counted(threads)])))
-            axis.legend(fontsize=6, ncols=2)
+            axis.grid(axis="y", alpha=0.3)
+            axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(f"{name}: {rows[0]['device']}")
         figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": digest(rows)})
         pyplot.close(figure)
