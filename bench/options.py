@@ -11,7 +11,7 @@ import torch
 from bench.shapes import HEADS
 
 # Seconds of timed turns a case, three turns at least
-BUDGET = {"tiny": 0.0, "small": 3.0, "cpu": 60.0, "full": 2.0}
+BUDGET = {"tiny": 0.0, "small": 3.0, "cpu": 30.0, "full": 2.0}
 REPEATS = {"tiny": 3, "small": 5, "cpu": 15, "full": 50}
 
 

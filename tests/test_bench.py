@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gather_logp, harness, kendall, linear_logp, options, peak, peers, report, tables, top_p, tune
+from bench import gather_logp, harness, kendall, linear_logp, options, peak, peers, report, step, tables, top_p, tune
 from bench import weighted_dpo as dpo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,6 +213,21 @@ def test_sizes_can_be_narrowed():
     args = options.parse("", ["--device", "cpu", "--models", "LLaMA-2-7B", "--tokens", "3,5"])
     assert args.size == "cpu" and args.dtypes == ["float32", "bfloat16"]
     assert options.heads(args, {"cpu": [("SmolLM2-135M", 512)]}) == [("LLaMA-2-7B", 3), ("LLaMA-2-7B", 5)]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_step_is_the_same_work_for_trl(tiny, checkpointing):
+    pytest.importorskip("trl", reason="trl is not installed: pip install .[bench]")
+    ids = [7 + (13 * i) % 90 for i in range(200)]
+    pairs = [
+        {"prompt_id": str(p), "prompt_ids": ids[p : p + 9 + p], "chosen_ids": ids[50 : 60 + p], "agreement": 1.0}
+        | {"rejected_ids": ids[90 + p : 104], "logp_chosen": -50.0 + p, "logp_rejected": -60.0 - p}
+        for p in range(8)
+    ]
+    our_step, our_loss = step.make_cream(tiny, pairs, "float32")
+    their_step, their_loss = step.make_trl(tiny, pairs, "float32", checkpointing)
+    assert our_loss() == pytest.approx(their_loss(), rel=1e-5)
+    assert our_step() > 0 and their_step() > 0
 
 
 # The report
