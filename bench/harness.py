@@ -274,7 +274,7 @@ def run(
         for row in found:
             print(f"  {tables.line(row)}", flush=True)
         rows += found
-    tables.show(name, rows, args.results)
+    tables.show(name, rows, args.results, f"{sys.modules[make.__module__].__doc__.strip()}\n\n{PROTOCOL}")
     return rows
 
 

@@ -164,8 +164,8 @@ def counted(threads: int) -> str:
     return f"{threads} thread{'' if threads == 1 else 's'}"
 
 
-def show(name: str, rows: Sequence[dict], results: Path | None, protocol: str = harness.PROTOCOL) -> None:
-    """What every benchmark ends with: the protocol, one table, and the plot of all rows so far."""
+def show(name: str, rows: Sequence[dict], results: Path | None, protocol: str) -> None:
+    """What every benchmark ends with: how it was done, one table, and the plot of all rows so far."""
     print(f"\n{protocol.strip()}\n")
     if not rows:
         print(f"{name}: nothing was measured")
