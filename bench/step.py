@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ TRL_PAIRS = 8  # its per_device_train_batch_size
 
 
 def make_pairs(count: int, directory: Path) -> list[dict]:
-    """Rows of pairs.jsonl: questions of 95 tokens and answers of 160 in the median, 40 to 512, of running text."""
+    """Rows of pairs.jsonl: questions of 95 tokens with their template, answers of 120 in the median, running text."""
     from transformers import AutoTokenizer
 
     from cream.data import load_prompts
@@ -57,7 +58,7 @@ def make_pairs(count: int, directory: Path) -> list[dict]:
     for p in range(count):
         row = {"prompt_id": str(p), "prompt_ids": piece(95, 0.35, 250), "agreement": 1.0}
         for side in ("chosen", "rejected"):
-            row[f"{side}_ids"] = piece(160, 0.45, 512)
+            row[f"{side}_ids"] = piece(120, 0.4, 320)
             row[f"logp_{side}"] = float(-2.5 * len(row[f"{side}_ids"]) + 5 * rng.standard_normal())
         pairs.append(row)
     return pairs
@@ -182,7 +183,8 @@ def worker(name: str, model: str, count: int, dtype: str) -> None:
         mib = None if before is None else peak.highest_mib() - before
         if torch.cuda.is_available():
             mib = torch.cuda.max_memory_allocated() / 2**20
-            torch.cuda.empty_cache()  # the others live on this card too
+            torch.cuda.empty_cache()
+        peak.reset()  # as empty_cache: what is free goes back, since the others live on this machine too
         print("WORKER", json.dumps({"ms": ms, "mib": mib}), flush=True)
 
 
@@ -191,27 +193,36 @@ class Worker:
 
     def __init__(self, name: str, *spec: object):
         command = [sys.executable, "-W", "ignore", "-m", "bench.step", "--worker", name, *map(str, spec)]
-        self.name = name
+        self.name, self.stderr = name, tempfile.TemporaryFile()  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True
         )
-        self.loss = self.answer()["loss"]
+        self.loss = (self.answer() or {"loss": math.nan})["loss"]
 
-    def answer(self) -> dict:
+    def answer(self) -> dict | None:
+        """What the process says next; None, with the reason printed, where it has ended."""
         for line in self.process.stdout:
             if line.startswith("WORKER "):
                 return json.loads(line.removeprefix("WORKER "))
-        raise RuntimeError(
-            f"{self.name} ended: {(self.process.stderr.read().strip().splitlines() or ['no message'])[-1]}"
-        )
+        code = self.process.wait()
+        reason = "killed, as happens where memory runs out" if code == -9 else self.errors()
+        print(f"  no {self.name}: its process ended with {code}: {reason}")
+        return None
 
-    def step(self) -> dict:
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+    def errors(self) -> str:
+        self.stderr.seek(0)
+        return (self.stderr.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+
+    def step(self) -> dict | None:
+        if self.process.poll() is None:
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def end(self) -> None:
-        self.process.communicate()
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 def checked_loss(directory: Path, pairs: Sequence[dict], dtype: torch.dtype, device: str) -> float:
@@ -243,13 +254,16 @@ def measure(model: str, count: int, dtype: str, names: Sequence[str], args: argp
         if excesses[name] <= 1:
             workers.append(found)
         else:
-            print(f"  {name} is wrong, so it gives no row: {errors[name]}, plain torch {allowed}")
+            print(f"  {name} is wrong or gone, so it gives no row: {errors[name]}, plain torch {allowed}")
             found.end()
     answers: dict[str, list[dict]] = {found.name: [] for found in workers}
     for turn in range(1 + args.repeats):
-        for found in workers:
+        for found in list(workers):
             answer = found.step()
-            answers[found.name] += [answer] if turn else []
+            if answer is None:
+                workers.remove(found)
+            elif turn:
+                answers[found.name].append(answer)
     rows = []
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
     for found in workers:
