@@ -92,8 +92,12 @@ class ModelConfig:
         "auto", CHOICE, "type of the weights; auto is bfloat16 on a GPU that has it, else float32"
     )
     attention: str = _field("auto", TEXT, "attention backend; auto takes the fastest that can run and says why")
-    gradient_checkpointing: bool = _field(
-        False, FLAG, "recompute each layer's activations in backward: less memory for about a third more time"
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = _field(
+        "auto",
+        CHOICE,
+        "what backward computes again to save memory, with the same result: none; selective, what is cheap (norms, "
+        "activation functions), for about half of it; full, each layer from its input, for a third more time; auto "
+        "takes the first that fits",
     )
 
 
@@ -120,11 +124,13 @@ class SFTConfig:
     lr: float = _field(5e-6, POSITIVE, "peak learning rate of AdamW")
     epochs: int = _field(5, COUNT, "passes over the conversations")
     batch_size: int = _field(32, COUNT, "sequences an optimizer step")
-    micro_batch_size: int = _field(4, COUNT, "sequences a forward pass; the result does not depend on it")
+    batch_tokens: int = _field(
+        8192, COUNT, "tokens a forward pass, or those of one conversation; the result does not depend on it"
+    )
     max_length: int = _field(2048, COUNT, "tokens of a conversation; longer ones are dropped and counted")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
-    clip: float = _field(1.0, POSITIVE, "largest norm of the gradient, all parameters together")
+    clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
     checkpoint_every: int = _field(0, COUNT_OR_ZERO, "optimizer steps between checkpoints; 0 saves only at the end")
 
 
@@ -153,7 +159,7 @@ class ScoreConfig:
         "previous reward of round 1, where M1's predecessor is M0 and the log-ratio is 0: mean_logp is M0's mean "
         "log-probability a token, one sets agreement to 1, sft_half takes the checkpoint halfway through SFT",
     )
-    batch_tokens: int = _field(4096, COUNT, "tokens a forward pass")
+    batch_tokens: int = _field(4096, COUNT, "tokens a forward pass, or those of one prompt with its responses")
     chunk_size: int = _field(64, COUNT, "prompts in the unit that a resumed run repeats")
     max_length: int = _field(4096, COUNT, "tokens of a prompt with its response")
 
@@ -185,12 +191,40 @@ class TrainConfig:
     lr: float = _field(1e-6, POSITIVE, "peak learning rate of AdamW")
     epochs: int = _field(1, COUNT, "passes over the round's pairs")
     batch_size: int = _field(32, COUNT, "pairs an optimizer step")
-    micro_batch_size: int = _field(4, COUNT, "pairs a forward pass; the result does not depend on it")
+    batch_tokens: int = _field(
+        8192, COUNT, "tokens a forward pass, or those of one pair; the result does not depend on it"
+    )
     max_length: int = _field(2048, COUNT, "tokens of a prompt with its response")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
-    clip: float = _field(1.0, POSITIVE, "largest norm of the gradient, all parameters together")
+    clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
     checkpoint_every: int = _field(0, COUNT_OR_ZERO, "optimizer steps between checkpoints; 0 saves only at the end")
+
+
+@dataclass
+class OptimConfig:
+    """What AdamW keeps of each parameter, in SFT and in DPO alike. bfloat16 weights always have 16 low bits beside
+    them, which make a whole float32 master."""
+
+    moments: Literal["float32", "int8"] = _field(
+        "float32",
+        CHOICE,
+        "type of both moments: float32, 8 bytes a parameter; int8, 2, as codes with a float32 scale for each 256",
+    )
+    sums: Literal["float32", "bfloat16"] = _field(
+        "float32",
+        CHOICE,
+        "type that micro-batches' gradients are added up in, where a step has several: float32, exact; bfloat16, half "
+        "the memory, rounded at random so that the sum is right in the mean (for bfloat16 weights)",
+    )
+    clip_by: Literal["global", "tensor"] = _field(
+        "global",
+        CHOICE,
+        "whose norm is held to sft.clip and train.clip: global, the whole gradient's, as in the paper, which has to be "
+        "held until its last part is known; tensor, each tensor's own: another algorithm, which never clips what "
+        "global would not, clips less of what it would, and needs no tensor to wait. With tensor, or clip 0, a step of "
+        "one micro-batch frees each gradient during backward, 2 bytes a parameter less",
+    )
 
 
 @dataclass
@@ -222,6 +256,7 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resume: bool = _field(False, FLAG, "go on with the run in run.dir", of_this_start=True)
 
@@ -256,10 +291,6 @@ def validate(config: Config) -> None:
     """Raise UserError for the first field of the wrong type or out of range, or two fields that do not fit together."""
     for key in keys():
         _check(key, Given(_get(config, key), ""))
-    for section in ("sft", "train"):
-        size, micro = _get(config, f"{section}.batch_size"), _get(config, f"{section}.micro_batch_size")
-        if micro > size:
-            raise UserError(f"{section}.micro_batch_size is {micro}, but must be at most {section}.batch_size, {size}")
     longest = config.data.max_prompt_tokens + config.sample.max_new_tokens
     if longest > config.score.max_length:
         raise UserError(

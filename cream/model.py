@@ -9,6 +9,7 @@ resident module: `load_weights` copies a checkpoint's tensors into the parameter
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -20,6 +21,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from cream import attention
 from cream.config import ModelConfig
@@ -224,14 +226,17 @@ def head(model: nn.Module) -> Tensor:  # (V, D)
 
 def hidden_states(
     model: nn.Module,
-    ids: Tensor,  # (S, T) int64, right-padded; padding may be any id
+    ids: Tensor,  # (S, T) int64; one packed row, or S right-padded ones, where padding may be any id
     positions: Tensor | None = None,  # (S, T) int64, default 0, 1, 2, ...
+    *,
+    segments: attention.Segments | None = None,  # of a packed row: which token sees which
     kv: attention.KeyValues | None = None,  # the cache of the columns before, which grows by T
 ) -> Tensor:  # (S, T, D)
-    """The last hidden states, after the final norm. Without a cache attention is causal from column 0."""
+    """The last hidden states, after the final norm. Without segments or cache, attention is causal from column 0."""
     if kv is not None:
         kv.begin(ids.shape[1])
-    return model.base_model(input_ids=ids, position_ids=positions, use_cache=False, kv=kv).last_hidden_state
+    output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segments=segments, kv=kv)
+    return output.last_hidden_state
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:
@@ -254,7 +259,9 @@ def load_weights(model: nn.Module, directory: Path) -> None:
                         kind = "vocabulary" if "embed" in name or "lm_head" in name else "architecture"
                         shapes = f"{tuple(tensor.shape)} where the model has {tuple(parameters[name].shape)}"
                         raise UserError(f"{file}: {name} is {shapes}: another {kind}")
-                    parameters[name].copy_(tensor)
+                    if parameters[name].is_cuda:  # the next tensor is read and pinned while this one is sent
+                        tensor = tensor.pin_memory()
+                    parameters[name].copy_(tensor, non_blocking=True)
                     seen.add(name)
     missing = {n for n in parameters if n not in seen and not (tied and "lm_head" in n)}
     if missing:
@@ -284,13 +291,37 @@ class Resident:
             load_weights(model, checkpoint)
             self._holds = checkpoint
         model.requires_grad_(gradients)
-        recompute = gradients and self.config.gradient_checkpointing
-        model.train(recompute)  # transformers recomputes activations in training mode only; nothing else depends on it
-        if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if gradients:
+            recompute(model, self.config.gradient_checkpointing)
             self._holds = None
+        else:
+            model.eval()
         return model
+
+
+def recompute(model: nn.Module, mode: str) -> None:
+    """Say what training keeps of a layer for backward; the gradients are the same bits whatever it is.
+
+    "none": all of it. "selective": what matrix products and attention made; norms, rotations and the SwiGLU product are
+    computed again, half the memory and no product again. "full": a layer's input, a third more arithmetic. "auto" where
+    nobody has decided it (plan.gradient_checkpointing does): as "none".
+    """
+    saving = mode in ("selective", "full")
+    model.train(saving)  # transformers recomputes in training mode only; nothing else depends on it
+    if saving:
+        # No random numbers are drawn in a layer, so no generator's state need be kept.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        if mode == "selective":
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+        new = hasattr(model, "activation_checkpointing_enable")  # transformers 5.23 renames the method
+        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(options)
+
+
+def _keep_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """Whether selective recomputation keeps what a dispatcher operator returned."""
+    name = str(operator)
+    product = name.startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")) or "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def save(directory: Path, model: nn.Module, tokenizer, card: str) -> None:

@@ -119,11 +119,20 @@ def _stages_table(summary: Summary) -> Table:
     for stage in summary.stages:
         facts = _facts(summary, stage["stage"])
         numbers = [_number(facts.get(key), d) for key, d in (("seconds", 1), ("tokens", 0), ("tokens_per_second", 0))]
+        numbers.append(percent(finite(facts.get("mfu"))))
+        numbers += [_number(facts.get(key), d) for key, d in (("memory_gb", 2), ("sequence_forwards_per_prompt", 2))]
         rows.append([stage["stage"], *numbers, str(stage.get("time", "-"))[:19]])
     total = sum(finite(_facts(summary, s["stage"]).get("seconds")) or 0 for s in summary.stages)
     if rows:
-        rows.append(["all", _number(total, 1), "", "", ""])
-    return Table("Stages", "", ["stage", "seconds", "tokens", "tokens/s", "finished"], rows)
+        rows.append(["all", _number(total, 1), *[""] * 6])
+    note = (
+        "tokens: computed, prompts once for all their answers; MFU: of the device's peak in the model's dtype (a data "
+        "sheet's for bfloat16 on a known GPU, else a large product's), nothing counted that is computed again; GB: the "
+        "most held; forwards: of a prompt with one answer, a prompt"
+    )
+    return Table(
+        "Stages", note, ["stage", "seconds", "tokens", "tokens/s", "MFU", "GB", "forwards a prompt", "finished"], rows
+    )
 
 
 def lineage(summary: Summary) -> list[tuple[str, str, str, str]]:

@@ -79,7 +79,7 @@ def generate(
     device = weight.device
     ids, positions, first = left_pad(prompts, device)
     kv = KeyValues(first, ids.shape[1])
-    hidden = hidden_states(model, ids, positions, kv)[:, -1]  # (P, D)
+    hidden = hidden_states(model, ids, positions, kv=kv)[:, -1]  # (P, D)
 
     rows = torch.arange(len(prompts), device=device).repeat_interleave(responses)
     S = len(rows)
@@ -113,7 +113,7 @@ def generate(
             live, token, position, done = live[keep], token[keep], position[keep], done[keep]
         if step + 1 < max_new_tokens:
             position = (position + 1).clamp(max=context - 1)  # finished rows idle at the last position
-            hidden = hidden_states(model, token[:, None], position[:, None], kv)[:, -1]
+            hidden = hidden_states(model, token[:, None], position[:, None], kv=kv)[:, -1]
 
     counts, tokens, stops = counts.tolist(), tokens.tolist(), set(stop)
     answers = (row[:n] for row, n in zip(tokens, counts, strict=True))

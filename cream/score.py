@@ -1,6 +1,6 @@
 """Scoring: the log-probability of every answer under policy, previous and reference, and the implicit reward.
 
-P prompts, R responses a prompt, S = P * R sequences, T tokens, D hidden size, V vocabulary. logp in nats, float32 sums.
+P prompts, R responses a prompt. logp in nats, sums in float64.
 
 CREAM's reward of an answer is DPO's: log pi(answer | prompt) - log pi_ref(answer | prompt), summed over the answer's
 tokens, pi_ref the initial model in every round (arXiv 2410.12735, section 3; `beta` changes no ranking and is left
@@ -10,41 +10,29 @@ out). The previous model's reward is the same with theta_(t-1) in pi's place.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cream.attention import KeyValues
 from cream.config import ScoreConfig
 from cream.log import UserError, progress
-from cream.model import Resident, context_length, head, hidden_states
+from cream.meter import forward_flops, memory_gb, utilization
+from cream.model import Resident, context_length, head
+from cream.packing import Group, batches, group_tokens, pack, read
 from cream.run import Work
-from cream.sample import left_pad
-from cream_kernels import IGNORE, linear_logp
-
-Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # one prompt and its R responses, token ids
+from cream_kernels import linear_logp
 
 
-def batches(groups: Sequence[Group], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of groups of like length, so that prompts plus responses, padding counted, stay within `batch_tokens`.
+@dataclass
+class Done:
+    """What scoring has computed."""
 
-    A group that is larger than that by itself is a batch of its own.
-    """
-    order = sorted(range(len(groups)), key=lambda i: (len(groups[i][0]), max(map(len, groups[i][1])), i))
-    batch, width, longest, rows = [], 0, 0, 0
-    for i in order:
-        prompt, responses = groups[i]
-        w, n, r = max(width, len(prompt)), max(longest, *map(len, responses)), rows + len(responses)
-        if batch and (len(batch) + 1) * w + r * n > batch_tokens:
-            yield batch
-            batch, w, n, r = [], len(prompt), max(map(len, responses)), len(responses)
-        batch.append(i)
-        width, longest, rows = w, n, r
-    if batch:
-        yield batch
+    tokens: int = 0
+    flops: float = 0.0
 
 
 @torch.no_grad()
@@ -53,39 +41,35 @@ def score(
     groups: Sequence[Group],
     batch_tokens: int,
     tick: Callable[[int], None] = lambda groups: None,  # told how many groups have just been scored
+    done: Done | None = None,  # added to
 ) -> list[list[float]]:  # per group, R sums of log-probs, nats
     """log pi(response | prompt) of every response, each prompt computed once for all its responses.
 
+    So is a response that stands there several times, whose scores are then equal to the last bit: a tie in the ranking.
     Raises ValueError for an empty prompt or response.
     """
-    weight = head(model)
-    device = weight.device
-    totals: list[list[float]] = [[] for _ in groups]
-    for batch in batches(groups, batch_tokens):
-        if any(not groups[i][0] or not all(groups[i][1]) for i in batch):
-            raise ValueError("a prompt or a response without tokens has no log-probability")
-        ids, positions, first = left_pad([groups[i][0] for i in batch], device)
-        counts = [len(groups[i][1]) for i in batch]
-        responses = [r for i in batch for r in groups[i][1]]
-        longest = max(map(len, responses))
-        targets = torch.full((len(responses), longest), IGNORE, dtype=torch.int64)
-        for row, response in zip(targets, responses, strict=True):
-            row[: len(response)] = torch.tensor(response)
-        targets = targets.to(device)
-
-        kv = KeyValues(first, ids.shape[1])
-        rows = torch.arange(len(batch), device=device).repeat_interleave(torch.tensor(counts, device=device))
-        hidden = hidden_states(model, ids, positions, kv)[rows, -1:]  # (S, 1, D): it predicts the first answer token
-        if longest > 1:
-            kv = kv.select(rows, kv.length + longest - 1)
-            after = positions[rows, -1:] + 1 + torch.arange(longest - 1, device=device)
-            hidden = torch.cat([hidden, hidden_states(model, targets[:, :-1].clamp(min=0), after, kv)], dim=1)
-        logp = linear_logp(hidden.flatten(0, 1), weight, targets.flatten())
-        sums = logp.view(len(responses), longest).sum(1).split(counts)
-        for i, values in zip(batch, sums, strict=True):
-            totals[i] = values.tolist()
+    weight, done = head(model), done or Done()
+    once = [(prompt, once_each(responses)) for prompt, responses in groups]
+    order, sums = [], []
+    for batch in batches([group_tokens(group) for group in once], batch_tokens):
+        packed = pack([once[i] for i in batch], weight.device)
+        logp = linear_logp(read(model, packed), weight, packed.targets)
+        order += batch
+        lengths = packed.cu_seqlens.diff().to(weight.device, non_blocking=True)
+        sums.append(
+            torch.segment_reduce(logp.double(), "sum", lengths=lengths, unsafe=True)
+        )  # what ranks is a difference of such
+        done.tokens += packed.tokens
+        done.flops += forward_flops(model, packed)
         tick(len(batch))
-    return totals
+    values = iter(torch.cat(sums).tolist() if sums else [])  # the one wait
+    found = {i: {response: next(values) for response in once[i][1]} for i in order}
+    return [[found[i][tuple(response)] for response in responses] for i, (_, responses) in enumerate(groups)]
+
+
+def once_each(responses: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The responses without repetitions, in order."""
+    return list(dict.fromkeys(map(tuple, responses)))
 
 
 def rewards(
@@ -155,7 +139,7 @@ def score_all(
     distinct = {name: min(n for n in checkpoints if checkpoints[n] == path) for name, path in checkpoints.items()}
     todo = {name: list(work.parts(name, len(units))) for name in sorted(set(distinct.values()))}
     left = sum(len(units[unit]) for pending in todo.values() for unit in pending)
-    scored, seconds = 0, 0.0
+    done, seconds = Done(), 0.0
     with progress(
         len(groups) * len(todo), f"iter{iteration}/score", "prompts", done=len(groups) * len(todo) - left
     ) as bar:
@@ -164,11 +148,22 @@ def score_all(
                 model = resident.at(checkpoints[name])
                 start = time.perf_counter()
                 chunk = [groups[i] for i in units[unit]]
-                found = score(model, chunk, config.batch_tokens, tick=bar.update)
-                work.put(name, unit, [{"logp": values} for values in found])
+                found = score(model, chunk, config.batch_tokens, tick=bar.update, done=done)
+                forwards = [len(once_each(answers)) for _, answers in chunk]
+                rows = [{"logp": values, "forwards": n} for values, n in zip(found, forwards, strict=True)]
+                work.put(name, unit, rows)
                 seconds += time.perf_counter() - start
-                scored += sum(len(p) + sum(map(len, answers)) for p, answers in chunk)
-    work.facts(tokens=scored, tokens_per_second=scored / seconds if seconds else None)
+    work.facts(
+        tokens=done.tokens,
+        tokens_per_second=done.tokens / seconds if seconds else None,
+        mfu=utilization(resident.model, done.flops, seconds),
+        memory_gb=memory_gb(resident.model),
+        # Counted from what was written: R, less repetitions, for each distinct checkpoint is the least there can be.
+        sequence_forwards_per_prompt=sum(
+            row["forwards"] for name in todo for unit in range(len(units)) for row in work.get(name, unit)
+        )
+        / len(groups),
+    )
 
     def column(name: str) -> np.ndarray:
         rows = (row for unit in range(len(units)) for row in work.get(distinct[name], unit))
@@ -192,21 +187,3 @@ def score_all(
             "previous_reward": np.full(len(ordered), np.nan) if past is None else past,
         }
     )
-
-
-def sequence_rows(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],  # S pairs (prompt, response), token ids
-    device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Right-padded ids (S, T), the flat rows (N,) of [0, S * T) whose hidden states predict a response token, those
-    tokens (N,), and cu_seqlens (S + 1,) int64 into them, on the CPU for loss kernels that loop over it."""
-    longest = max(len(p) + len(r) for p, r in sequences)
-    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    rows, targets, ends = [], [], [0]
-    for s, (prompt, response) in enumerate(sequences):
-        ids[s, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-        begin = s * longest + len(prompt) - 1
-        rows.append(torch.arange(begin, begin + len(response)))
-        targets.append(torch.tensor(response))
-        ends.append(ends[-1] + len(response))
-    return ids.to(device), torch.cat(rows).to(device), torch.cat(targets).to(device), torch.tensor(ends)

@@ -1,7 +1,5 @@
 """Supervised fine-tuning: M0 to M1 on conversations, the loss on the assistant's tokens only.
 
-S sequences, T tokens, N label tokens, D hidden size, V vocabulary.
-
 `python -m cream.sft` takes the arguments of `python -m cream.train` and stops after this stage.
 """
 
@@ -10,35 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from cream.config import SFTConfig
+from cream.config import OptimConfig, SFTConfig
 from cream.data import Conversation, encode_conversation
 from cream.dpo import windows
 from cream.log import Metrics, UserError, say
-from cream.model import head, hidden_states
+from cream.meter import forward_flops
+from cream.model import head
 from cream.optim import Schedule, descend
+from cream.packing import Labelled, Packed, batches, labelled_tokens, pack_labelled, read
 from cream.run import Work
 from cream_kernels import IGNORE, linear_logp
 
 
 def loss_of(
     model: nn.Module,
-    sequences: Sequence[tuple[list[int], list[int]]],  # S of (ids, labels), labels IGNORE where nothing is learnt
-) -> Tensor:  # (), nats: the sum of -log p over label tokens
-    """Summed cross-entropy of the label tokens; padding is no label, so no end-of-text is learnt from it."""
+    conversations: Sequence[Labelled],
+) -> tuple[Tensor, Packed]:  # (), nats: the sum of -log p over label tokens; what was computed
+    """Summed cross-entropy of the label tokens."""
     weight = head(model)
-    longest = max(len(ids) for ids, _ in sequences)
-    batch = torch.zeros(len(sequences), longest, dtype=torch.int64)
-    targets = torch.full((len(sequences), longest), IGNORE, dtype=torch.int64)
-    for s, (ids, labels) in enumerate(sequences):
-        batch[s, : len(ids)] = torch.tensor(ids)
-        targets[s, : len(ids) - 1] = torch.tensor(labels[1:])
-    targets = targets.flatten().to(weight.device)
-    hidden = hidden_states(model, batch.to(weight.device)).flatten(0, 1)
-    learnt = (targets != IGNORE).nonzero().flatten()
-    return -linear_logp(hidden[learnt], weight, targets[learnt]).sum()
+    packed = pack_labelled(conversations, weight.device)
+    return -linear_logp(read(model, packed), weight, packed.targets).sum(), packed
 
 
 def train(
@@ -50,6 +41,7 @@ def train(
     metrics: Metrics,
     *,
     seed: int,
+    optim: OptimConfig | None = None,
     halfway: Callable[[], None] | None = None,  # called when half of the steps are done
 ) -> None:
     """Fine-tune in place. Conversations longer than `max_length` tokens are left out and counted."""
@@ -63,19 +55,38 @@ def train(
     steps = windows(len(fitting), config.batch_size, config.epochs, seed)
     middle = math.ceil(len(steps) / 2)
 
-    def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor], int]]:
-        window = sorted((fitting[i] for i in steps[step]), key=lambda s: len(s[0]))
-        labels = sum(label != IGNORE for _, row in window for label in row[1:])
-        for i in range(0, len(window), config.micro_batch_size):
-            micro = window[i : i + config.micro_batch_size]
-            yield loss_of(model, micro) / labels, {}, sum(len(ids) for ids, _ in micro)
+    def micro_batches(step: int) -> list[list[Labelled]]:
+        window = [fitting[i] for i in steps[step]]
+        made = batches([labelled_tokens(conversation) for conversation in window], config.batch_tokens)
+        return [[window[i] for i in batch] for batch in made]
+
+    def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, float], int]]:
+        window = steps[step]
+        labels = sum(label != IGNORE for i in window for label in fitting[i][1][1:])
+        for micro in micro_batches(step):
+            loss, packed = loss_of(model, micro)
+            shares = {
+                "sequence_forwards_per_prompt": packed.sequences / len(window),
+                "flops": 3 * forward_flops(model, packed),
+            }
+            yield loss / labels, shares, packed.tokens
 
     def after(step: int) -> None:
         if halfway is not None and step == middle:
             halfway()
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
-    facts = descend(model, micro_losses, schedule, stage="sft", keep=work.keep("steps"), metrics=metrics, after=after)
+    facts = descend(
+        model,
+        micro_losses,
+        schedule,
+        stage="sft",
+        keep=work.keep("steps"),
+        metrics=metrics,
+        optim=optim,
+        micro_batches=lambda step: len(micro_batches(step)),
+        after=after,
+    )
     work.facts(conversations=len(fitting), too_long=len(encoded) - len(fitting), **facts)
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from cream import consistency, dpo, report, sft
+from cream import consistency, doctor, dpo, plan, report, sft
 from cream.attention import choose
 from cream.checkpoint import hash_tree
 from cream.config import Config, parse, to_yaml
@@ -124,8 +124,24 @@ class Job:
                 {"dtype": self.numerics["dtype"]},
             )
         self.tokenizer = load_tokenizer(m0)
-        self.resident = Resident(m0, self.config.model)
+        self.resident = Resident(m0, replace(self.config.model, gradient_checkpointing=self.recomputed(m0)))
         return m0
+
+    def recomputed(self, m0: Path) -> str:
+        """model.gradient_checkpointing, "auto" decided by the memory plan."""
+        config = self.config
+        if config.model.gradient_checkpointing != "auto":
+            return config.model.gradient_checkpointing
+        name, memory = doctor.device_memory()
+        try:
+            shape = doctor.find_shape(replace(config, model=replace(config.model, path=str(m0))))
+        except UserError as error:
+            say(f"model.gradient_checkpointing: full ({error})")
+            return "full"
+        dtype = self.numerics["dtype"].removeprefix("torch.")
+        mode = plan.gradient_checkpointing(config, shape, dtype, memory * 1e9 / 2**30)  # GiB count as GB: see plan
+        say(f"model.gradient_checkpointing: {mode} ({name}, {memory / 1e9:.1f} GB)")
+        return mode
 
     def prompts(self, m0: Path) -> tuple[list[Path], Path]:
         """D_U split over the iterations, and the held-out questions."""
@@ -212,11 +228,13 @@ class Job:
                 work,
                 self.metrics,
                 seed=self.config.run.seed,
+                optim=self.config.optim,
                 halfway=save_half if half else None,
             )
             save(work.path("sft/model"), model, self.tokenizer, card)
 
-        settings = {**self.numerics, **asdict(config), "sources": data.sft, "limit": data.sft_limit}
+        settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
+        settings |= {"sources": data.sft, "limit": data.sft_limit}
         inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
         return self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings)[0]
 
@@ -283,7 +301,8 @@ class Job:
         def body(work: Work) -> None:
             rows = read_rows(pairs)
             model = self.resident.at(policy, gradients=True)
-            dpo.train(model, rows, config, work, self.metrics, stage=stage, seed=self.config.run.seed)
+            optim, seed = self.config.optim, self.config.run.seed
+            dpo.train(model, rows, config, work, self.metrics, stage=stage, seed=seed, optim=optim)
             [summary] = read_rows(pairs.with_name("ranking.json"))
             facts = {"pairs": len(rows), "mean tau": summary["tau_mean"], "mean agreement": summary["agreement_mean"]}
             save(
@@ -294,7 +313,8 @@ class Job:
             )
 
         inputs = {"policy": policy, "pairs": pairs}
-        return self.stage(stage, body, inputs, [output], {**self.numerics, **asdict(config)})[0]
+        settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
+        return self.stage(stage, body, inputs, [output], settings)[0]
 
     def evaluate(self, t: int, model: Path, questions: Path) -> None:
         config, stage = self.config.evaluate, f"eval/m{t}"

@@ -1,10 +1,16 @@
-"""The backend table and the sampler's cache against plain attention in float64."""
+"""The backend table on packed, prompt-sharing batches and the sampler's cache, against plain attention in float64."""
+
+import sys
+import types
 
 import pytest
 import torch
 
 from cream import attention
+from cream.attention import Segments
 from cream.log import UserError
+
+CPU = torch.device("cpu")
 
 
 def plain(q, k, v, scale, visible):
@@ -20,14 +26,158 @@ def problem(S=3, H=6, K=2, T=7, E=8):
     return (torch.randn(S, n, T, E, dtype=torch.float64) for n in (H, K, K))
 
 
+# (prompt, answers): lengths in tokens. One answer and five, answers of one token, a prompt longer than all the rest.
+GROUPS = [(5, [3]), (4, [2, 6, 1, 3, 1]), (90, [7, 11]), (1, [1, 1]), (2, [4, 3, 9])]
+
+
+def layout(device=CPU) -> Segments:
+    lengths, owner, shared = [], [], []
+    for prompt, answers in GROUPS:
+        first = len(lengths)
+        lengths += [prompt + answers[0], *answers[1:]]
+        owner += [first] * len(answers)
+        shared += [0] + [prompt] * (len(answers) - 1)
+    return Segments.of(lengths, owner, shared, device)
+
+
+def packed_problem(H, K, E=16, dtype=torch.float64):
+    torch.manual_seed(0)
+    T = sum(layout().lengths)
+    return [torch.randn(T, n, E, dtype=dtype) for n in (H, K, K)]
+
+
+def one_by_one(q, k, v, scale):
+    """Each answer with a copy of its prompt, alone: what packing must not be told from. (T, H, E) as packed."""
+    out, at = [], 0
+    for prompt, answers in GROUPS:
+        for n, answer in enumerate(answers):
+            here = at + prompt + sum(answers[:n])
+            tokens = torch.tensor([*range(at, at + prompt), *range(here, here + answer)], device=q.device)
+            qs, ks, vs = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
+            causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=q.device).tril()[None]
+            found = plain(qs, ks, vs, scale, causal)[0]
+            out.append(found if n == 0 else found[prompt:])
+        at += prompt + sum(answers)
+    return torch.cat(out)
+
+
+def loss_and_gradients(run, tensors):
+    """The output, and gradients of a sum in which every element has a weight of its own."""
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    out = run(*tensors)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("H, K", [(6, 2), (4, 4), (3, 1)])
 @pytest.mark.parametrize("backend", attention.BACKENDS, ids=lambda b: b.name)
-def test_every_backend_that_runs_is_causal_attention(backend):
+def test_every_backend_that_runs_is_each_sequence_alone(backend, H, K):
     if reason := backend.why_not():
         pytest.skip(reason)
-    q, k, v = problem()
-    causal = torch.ones(7, 7, dtype=torch.bool).tril()[None]
-    out = backend.run(q.float(), k.float(), v.float(), 0.3)
-    torch.testing.assert_close(out.double(), plain(q, k, v, 0.3, causal), rtol=0, atol=1e-6)
+    only_half = backend.name != "sdpa"
+    device = torch.device("cuda" if only_half else "cpu")
+    tensors = [x.to(device) for x in packed_problem(H, K, E=64 if only_half else 16)]
+    truth = loss_and_gradients(lambda q, k, v: one_by_one(q, k, v, 0.3), tensors)
+    for dtype in (torch.bfloat16,) if only_half else (torch.float64, torch.float32, torch.bfloat16):
+        given = [x.to(dtype) for x in tensors]
+        found = loss_and_gradients(lambda q, k, v: backend.run(q, k, v, layout(device), 0.3), given)
+        usual = loss_and_gradients(lambda q, k, v: one_by_one(q, k, v, 0.3), given)
+        for ours, theirs, exact in zip(found, usual, truth, strict=True):
+            allowed = 2 * (theirs.double() - exact).abs().max() + 1e-12
+            assert (ours.double() - exact).abs().max() <= allowed, dtype
+
+
+@pytest.mark.parametrize("H, K", [(6, 2), (4, 4)])
+def test_the_calls_that_other_libraries_get(monkeypatch, H, K):
+    """Stand-ins with the libraries' own signatures and what their documentation says, in float64: the arguments are
+    right, whoever cannot run here."""
+
+    def varlen(q, k, v, cu_q, cu_k, scale):
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        out = []
+        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+            n, m = int(b - a), int(d - c)
+            qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            out.append(plain(qs, ks, vs, scale, torch.ones(n, m, dtype=torch.bool).tril(m - n)[None])[0])
+        return torch.cat(out)
+
+    def flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                causal=False):  # fmt: skip
+        assert causal and max_seqlen_q == int(cu_seqlens_q.diff().max()) and max_seqlen_k == cu_seqlens_k.diff().max()
+        return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+
+    def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+                softmax_scale=None, causal=False):  # fmt: skip
+        assert causal and seqused_q is None
+        return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+
+    def flash_4(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                min_seqlen_k=None, softmax_scale=None, causal=False):  # fmt: skip
+        assert causal and qv is None
+        return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale), None
+
+    def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                   window_size=(-1, -1)):  # fmt: skip
+        assert window_size == (-1, 0) and query.shape[1] == key.shape[1] == value.shape[1]
+        return varlen(query, key, value, cu_seq_q, cu_seq_k, scale)
+
+    def torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                   window_size=(-1, -1), enable_gqa=False, seqused_k=None):  # fmt: skip
+        assert window_size == (-1, 0) and (enable_gqa or query.shape[1] == key.shape[1])
+        return varlen(query, key, value, cu_seq_q, cu_seq_k, scale)
+
+    class Bias:
+        def from_seqlens(q_seqlen, kv_seqlen):
+            bias = Bias()
+            bias.q, bias.k = (torch.tensor([0, *n]).cumsum(0).int() for n in (q_seqlen, kv_seqlen))
+            return bias
+
+        def to(self, device):
+            return self
+
+    def xformers(query, key, value, attn_bias=None, p=0.0, scale=None):
+        assert query.shape[0] == 1 and query.shape[2] == key.shape[2]
+        return varlen(query[0], key[0], value[0], attn_bias.q, attn_bias.k, scale)[None]
+
+    calls = [
+        ("flash-attn-2", "flash_attn", {"flash_attn_varlen_func": flash_2}),
+        ("flash-attn-3", "flash_attn_interface", {"flash_attn_varlen_func": flash_3}),
+        ("flash-attn-4", "flash_attn.cute.interface", {"flash_attn_varlen_func": flash_4}),
+        ("torch-varlen", "torch.nn.attention.varlen", {"varlen_attn": torch_2_11}),
+        ("torch-varlen", "torch.nn.attention.varlen", {"varlen_attn": torch_2_13}),
+        ("xformers", "xformers.ops", {"memory_efficient_attention": xformers}),
+    ]
+    tensors = packed_problem(H, K)
+    truth = one_by_one(*tensors, 0.3)
+    bias = types.SimpleNamespace(BlockDiagonalCausalFromBottomRightMask=Bias)
+    for name, module, functions in calls:
+        with monkeypatch.context() as patch:
+            parts = module.split(".")
+            for n in range(1, len(parts)):
+                if not module.startswith("torch"):
+                    patch.setitem(sys.modules, ".".join(parts[:n]), types.ModuleType(parts[n - 1]))
+            patch.setitem(sys.modules, module, types.SimpleNamespace(**functions))
+            patch.setitem(sys.modules, "xformers.ops.fmha", types.ModuleType("fmha"))
+            patch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", bias)
+            backend = next(b for b in attention.BACKENDS if b.name == name)
+            torch.testing.assert_close(backend.run(*tensors, layout(), 0.3), truth, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("owner, shared", [(1, 1), (0, 4), (0, 0), (1, 0), (2, 1)])
+def test_segments_share_what_stands_before_them(owner, shared):
+    lengths, owners = (3, 2, 1), (0, owner, 2)
+    if (owner, shared) == (1, 0):
+        assert Segments.of(lengths, owners, (0, 0, 0), CPU).kv_index is None
+        return
+    with pytest.raises(ValueError, match="segment 1 of 2 tokens cannot share"):
+        Segments.of(lengths, owners, (0, shared, 0), CPU)
+
+
+def test_a_plain_batch_is_segments_side_by_side(loaded):
+    ids = torch.randint(3, 250, (3, 11), generator=torch.Generator().manual_seed(0))
+    together = loaded(ids, use_cache=False).logits
+    for row, logits in zip(ids, together, strict=True):
+        torch.testing.assert_close(loaded(row[None], use_cache=False).logits[0], logits, rtol=0, atol=1e-5)
 
 
 def test_auto_says_what_it_passed_over(capsys):
@@ -49,16 +199,24 @@ def test_a_named_backend_that_cannot_run_is_an_error_with_its_reason():
 def test_an_empty_namespace_is_no_flash_attention(monkeypatch, tmp_path):
     """flash-attn-4 leaves a folder `flash_attn` behind that find_spec takes for flash-attn 2."""
     import importlib.util
-    import sys
 
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [n for n in sys.modules if n.split(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert importlib.util.find_spec("flash_attn") is not None
     two = next(b for b in attention.BACKENDS if b.name == "flash-attn-2")
-    assert two.why_not() == "flash_attn cannot be imported (no flash_attn_func in it)"
+    assert two.why_not() == "flash_attn cannot be imported (no flash_attn_varlen_func in it)"
+
+
+def test_a_kernel_for_other_cards_is_passed_over(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert attention.choose("auto").name == "sdpa"
+    with pytest.raises(UserError, match="torch-varlen cannot run here: is not for compute capability 7.5"):
+        attention.choose("torch-varlen")
 
 
 def test_float32_takes_no_half_precision_kernel(monkeypatch):

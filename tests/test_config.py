@@ -121,7 +121,7 @@ def test_numbers_with_exponent_and_dotted_keys_and_empty_sections_in_yaml(recipe
         ("trian.lr", "train.lr"),
         ("train.learning_rate", "train.lr"),
         ("sft.learning_rate", "sft.lr"),
-        ("train.micro_batchsize", "train.micro_batch_size"),
+        ("train.batch_token", "train.batch_tokens"),
         ("temperature", "sample.temperature"),
         ("sample.max_tokens", "sample.max_new_tokens"),
         ("run.resume", "resume"),
@@ -270,8 +270,6 @@ def test_any_file_is_a_recipe_or_a_users_mistake(tmp_path, content):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--train.batch_size", "2"], "train.micro_batch_size is 4, but must be at most train.batch_size, 2"),
-        (["--sft.micro_batch_size", "9"], "sft.micro_batch_size is 9, but must be at most sft.batch_size, 8"),
         (["--score.max_length", "319"], "score.max_length is 319, but must be at least data.max_prompt_tokens + "),
         (["--sft.enabled", "false"], "score.reward dpo needs sft.enabled"),
         (

@@ -162,7 +162,8 @@ def make_run(
                 "outputs": {
                     f"{stage.split('/')[0]}/{'model' if 'sample' not in stage else 'responses.jsonl'}": "ef" * 32
                 },
-                "facts": {"seconds": 30.5 + i, "tokens": 123456, "tokens_per_second": 4047.7, "too_long": 3},
+                "facts": {"seconds": 30.5 + i, "tokens": 123456, "tokens_per_second": 4047.7, "too_long": 3}
+                | ({"mfu": 0.4567, "memory_gb": 71.5, "sequence_forwards_per_prompt": 2.0} if "train" in stage else {}),
             }
             for i, stage in enumerate(names)
         ],
@@ -275,7 +276,8 @@ def test_table(run_dir):
         ["reward margin best - worst, nats", "11.25", "11.25"],
         ["response length, mean tokens", "21.5", "21.5"],
         ["responses that ended by themselves", "80.0%", "80.0%"],
-        ["iter1/train", "32.5", "123,456", "4,048", "2026-01-01T00:02:00"],
+        ["iter1/train", "32.5", "123,456", "4,048", "45.7%", "71.50", "2.00", "2026-01-01T00:02:00"],
+        ["iter1/sample", "31.5", "123,456", "4,048", "-", "-", "-", "2026-01-01T00:01:00"],
         ["all", "162.5"],
     ):
         assert row in lines

@@ -7,7 +7,7 @@ import torch
 from cream.config import ModelConfig, ScoreConfig
 from cream.log import UserError
 from cream.model import Resident
-from cream.score import batches, previous_rewards, rewards, score, score_all, sequence_rows
+from cream.score import Done, previous_rewards, rewards, score, score_all
 
 
 def truth(directory, prompt, response):
@@ -38,14 +38,35 @@ def test_sums_of_log_probs_are_transformers_in_float64(loaded, tiny, batch_token
         np.testing.assert_allclose(values, expected, rtol=0, atol=2e-5)
 
 
-def test_batches_hold_every_group_once_within_the_budget():
-    groups = groups_of(1, 40)
-    found = list(batches(groups, 300))
-    assert sorted(i for batch in found for i in batch) == list(range(40)) and len(found) > 3
-    for batch in found:
-        width, longest = max(len(groups[i][0]) for i in batch), max(len(r) for i in batch for r in groups[i][1])
-        tokens = len(batch) * width + sum(len(groups[i][1]) for i in batch) * longest
-        assert tokens <= 300 or len(batch) == 1
+def test_prompts_shared_or_not_and_however_packed_are_one_score(loaded):
+    groups = groups_of(3, 9)
+    together = score(loaded, groups, 10_000)
+    for budget in (1, 60, 300):
+        for values, expected in zip(score(loaded, groups, budget), together, strict=True):
+            np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
+    alone = score(loaded, [(prompt, [r]) for prompt, responses in groups for r in responses], 1)
+    np.testing.assert_allclose(np.concatenate(alone), np.concatenate(together), rtol=0, atol=1e-5)
+
+
+def test_the_same_answer_twice_is_a_tie_to_the_last_bit_and_computed_once(loaded):
+    [(prompt, responses)], done = groups_of(5, 1), Done()
+    a, b = responses[0], [*responses[0], 7]
+    found = score(loaded, [(prompt, [a, b, a, list(a), b])], 1000, done=done)[0]
+    assert found[0] == found[2] == found[3] != found[1] == found[4]
+    assert done.tokens == len(prompt) + len(a) - 1 + len(b) - 1
+
+
+def test_no_token_is_computed_twice_and_no_padding(loaded):
+    """What the model is fed is what was asked for: prompts once, answers without their last token, nothing else."""
+    groups, fed = groups_of(4, 7), []
+    watch = loaded.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    done = Done()
+    score(loaded, groups, 100, done=done)
+    watch.remove()
+    tokens = sum(len(p) + sum(len(r) - 1 for r in responses) for p, responses in groups)
+    assert sum(fed) == done.tokens == tokens and len(fed) > 2
 
 
 def test_nothing_to_score_is_refused(loaded):
@@ -99,6 +120,26 @@ def test_three_checkpoints_take_turns_in_one_module(tiny, other, work):
     assert table["prompt_id"] == [r["prompt_id"] for r in rows] and table["index"] == [r["index"] for r in rows]
 
 
+def test_each_checkpoint_scores_each_answer_once(tiny, other, work, monkeypatch):
+    """R = 2 forwards a prompt and distinct checkpoint: the least that there can be. Weights are swapped as often."""
+    from cream import model
+
+    swaps, load_weights = [], model.load_weights
+    monkeypatch.setattr(model, "load_weights", lambda module, path: (swaps.append(path), load_weights(module, path)))
+    for checkpoints, expected, loads in (
+        ({"policy": other, "previous": tiny, "reference": tiny}, 4, 2),  # the module starts as `tiny`
+        ({"policy": tiny, "previous": tiny, "reference": tiny}, 2, 0),
+    ):
+        facts, swaps[:] = {}, []
+        work.facts = facts.update
+        work.directory = work.directory.with_name(str(expected))
+        resident = Resident(tiny, ModelConfig(dtype="float32"))
+        rows = responses_of()
+        score_all(resident, checkpoints, rows, ScoreConfig(chunk_size=2, batch_tokens=50), work, iteration=1)
+        assert facts["sequence_forwards_per_prompt"] == expected and len(swaps) == loads
+        assert facts["tokens"] > 0 and facts["mfu"] > 0 and facts["memory_gb"] > 0
+
+
 def test_the_policys_ratio_to_itself_is_exactly_zero(tiny, work):
     resident = Resident(tiny, ModelConfig(dtype="float32"))
     same = {"policy": tiny, "previous": tiny, "reference": tiny}
@@ -110,10 +151,3 @@ def test_too_long_is_named(tiny, work):
     resident = Resident(tiny, ModelConfig(dtype="float32"))
     with pytest.raises(UserError, match="score: prompt p0 with its longest answer is .* allow 5"):
         score_all(resident, {"policy": tiny}, responses_of(), ScoreConfig(max_length=5), work, iteration=1)
-
-
-def test_rows_that_predict_response_tokens():
-    ids, rows, targets, ends = sequence_rows([([1, 2], [3, 4]), ([5], [6]), ([7, 8, 9], [10])], "cpu")
-    assert ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [7, 8, 9, 10]]
-    assert targets.tolist() == [3, 4, 6, 10] and ends.tolist() == [0, 2, 3, 4]
-    assert ids.flatten()[rows].tolist() == [2, 3, 5, 9]

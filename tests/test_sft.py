@@ -25,7 +25,7 @@ def conversations(count=10):
 
 def test_loss_is_transformers_on_labels_alone(loaded, tokenizer):
     sequences = [encode_conversation(tokenizer, c.messages) for c in conversations(4)]
-    found = float(loss_of(loaded, sequences))
+    found = float(loss_of(loaded, sequences)[0])
     total = 0.0
     for ids, labels in sequences:
         logits = loaded(torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
@@ -33,18 +33,19 @@ def test_loss_is_transformers_on_labels_alone(loaded, tokenizer):
     assert found == pytest.approx(total, rel=1e-6)
 
 
-def test_padding_teaches_nothing(loaded, tokenizer):
+def test_conversations_side_by_side_are_each_its_own(loaded, tokenizer):
     """The released code's labels hold the pad id, and its loss ignores -100 only: M1 learns to emit padding."""
     short, long = (encode_conversation(tokenizer, c.messages) for c in conversations(4)[::3])
     assert len(short[0]) < len(long[0])
-    together = float(loss_of(loaded, [short, long]))
-    assert together == pytest.approx(float(loss_of(loaded, [short])) + float(loss_of(loaded, [long])), rel=1e-6)
+    together = float(loss_of(loaded, [short, long])[0])
+    apart = [float(loss_of(loaded, [one])[0]) for one in (short, long)]
+    assert together == pytest.approx(sum(apart), rel=1e-6)
 
 
 def test_the_answer_is_learnt_and_so_is_its_end(tmp_path, tiny, tokenizer, work):
     model = load(tiny, ModelConfig(dtype="float32")).requires_grad_(True)
     halves = []
-    config = SFTConfig(lr=1e-2, epochs=30, batch_size=4, micro_batch_size=3)
+    config = SFTConfig(lr=1e-2, epochs=30, batch_size=4, batch_tokens=200)
     metrics = Metrics(tmp_path / "metrics.jsonl")
     train(model, tokenizer, conversations(), config, work, metrics, seed=0, halfway=lambda: halves.append(1))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -58,6 +59,21 @@ def test_the_answer_is_learnt_and_so_is_its_end(tmp_path, tiny, tokenizer, work)
         p = torch.softmax(module(torch.tensor([ids[:end]]), use_cache=False).logits[0, -1], -1)
         assert float(p[tokenizer.eos_token_id]) < bound
     assert float(p[tokenizer.eos_token_id]) > 0.5
+
+
+def test_no_token_is_computed_that_teaches_nothing(tmp_path, tiny, tokenizer, work):
+    """What the model is fed ends, in every conversation, with the token that predicts its last label; no padding."""
+    model, fed = load(tiny, ModelConfig(dtype="float32")).requires_grad_(True), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    config = SFTConfig(epochs=1, batch_size=4, batch_tokens=100)
+    train(model, tokenizer, conversations(), config, work, metrics, seed=0)
+    encoded = [encode_conversation(tokenizer, c.messages) for c in conversations()]
+    needed = [max(i for i, label in enumerate(labels) if label != -100) for _, labels in encoded]
+    assert sum(fed) == sum(row["tokens"] for row in metrics.rows()) == sum(needed) < sum(len(ids) for ids, _ in encoded)
+    assert max(fed) <= 100 and [row["sequence_forwards_per_prompt"] for row in metrics.rows()] == pytest.approx([1] * 3)
 
 
 def test_nothing_that_fits_is_a_mistake(tmp_path, loaded, tokenizer, work):

@@ -23,7 +23,7 @@ SETTINGS = {
     "sft.lr": "1e-3",
     "sft.epochs": "1",
     "sft.batch_size": "4",
-    "sft.micro_batch_size": "2",
+    "sft.batch_tokens": "300",
     "sft.checkpoint_every": "1",
     "sample.responses": "3",
     "sample.max_new_tokens": "10",
@@ -31,7 +31,7 @@ SETTINGS = {
     "score.chunk_size": "2",
     "train.lr": "1e-3",
     "train.batch_size": "2",
-    "train.micro_batch_size": "2",
+    "train.batch_tokens": "400",
     "train.checkpoint_every": "1",
     "evaluate.max_new_tokens": "8",
     "evaluate.batch_size": "4",
@@ -140,6 +140,14 @@ def test_a_second_start_does_nothing(again, tiny, capsys):
     main(arguments(tiny, again, "--resume"))
     assert (again / "ledger.jsonl").read_bytes() == before
     assert "M3" in capsys.readouterr().out
+
+
+def test_optimizer_settings_reach_both_trainings(again, finished, tiny):
+    changed = {"optim.moments": "int8", "optim.clip_by": "tensor"}
+    main(arguments(tiny, again, "--resume", "--run.only", "sft", **changed))
+    assert stages(again)[len(LOOP) :] == ["sft"] and not same(finished / "sft/model", again / "sft/model")
+    main(arguments(tiny, again, "--resume", "--run.only", "iter1/train", **changed))
+    assert not same(finished / "iter1/model", again / "iter1/model")
 
 
 def test_a_changed_setting_redoes_what_depends_on_it(again, tiny):
