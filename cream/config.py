@@ -142,7 +142,10 @@ class SampleConfig:
     temperature: float = _field(0.8, POSITIVE, "divides the logits before the softmax")
     top_p: float = _field(0.95, FRACTION_ABOVE_ZERO, "probability of the nucleus that is drawn from; 1 draws from all")
     max_new_tokens: int = _field(768, COUNT, "tokens after which a response is cut")
-    batch_size: int = _field(32, COUNT, "prompts decoded at once; also the unit that a resumed run repeats")
+    batch_size: int = _field(
+        32, COUNT, "prompts decoded at once; where an answer ends, the next in the chunk takes its place"
+    )
+    chunk_size: int = _field(256, COUNT, "prompts in the unit that a resumed run repeats")
 
 
 @dataclass

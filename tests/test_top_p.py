@@ -244,8 +244,6 @@ def test_uniform_out_of_range_is_named(path, value):
     ],
 )
 def test_arguments_are_checked(change, message):
-    arguments = dict(
-        logits=torch.zeros(2, 5), uniform=torch.zeros(2, dtype=torch.float64), temperature=1.0, top_p=0.9
-    )
+    arguments = dict(logits=torch.zeros(2, 5), uniform=torch.zeros(2, dtype=torch.float64), temperature=1.0, top_p=0.9)
     with pytest.raises(ValueError, match=message):
         top_p_sample(**(arguments | change))
