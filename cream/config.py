@@ -37,6 +37,9 @@ class Allowed(NamedTuple):
 
 ANY_TEXT = Allowed("text (in quotes if it looks like a number)", lambda value: True)
 TEXT = Allowed("text that is not empty", lambda value: bool(value.strip()))
+URL = Allowed(
+    "an address that begins with http:// or https://", lambda value: re.match(r"https?://.", value) is not None
+)
 TEXTS = Allowed("a list of texts, none of them empty", lambda value: all(item.strip() for item in value))
 FLAG = Allowed("true or false", lambda value: True)
 CHOICE = Allowed("one of", lambda value: True)  # followed by the names in the field's Literal
@@ -146,6 +149,10 @@ class SampleConfig:
         32, COUNT, "prompts decoded at once; where an answer ends, the next in the chunk takes its place"
     )
     chunk_size: int = _field(256, COUNT, "prompts in the unit that a resumed run repeats")
+    engine: Literal["own", "vllm"] = _field(
+        "own", CHOICE, "what decodes: own, in this process; vllm, a server at sample.url that serves this round's model"
+    )
+    url: str = _field("http://127.0.0.1:8000", URL, "address of the vLLM server")
 
 
 @dataclass

@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cream import vllm
 from cream.attention import Segments, upload
 from cream.cache import KeyValues
 from cream.config import SampleConfig
@@ -72,6 +74,14 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Prefille
     ]
 
 
+def limits(prompts: Sequence[Sequence[int]], context: int, most: int) -> list[int]:
+    """How many tokens an answer to each prompt may have. Raises UserError for a prompt that fills the context."""
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room for an answer in a context of {context}")
+    return [min(most, context - len(prompt)) for prompt in prompts]
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -92,12 +102,8 @@ def generate(
 
     Raises UserError for a prompt that fills the model's context.
     """
-    context = context_length(model)
-    for prompt in prompts:
-        if not 0 < len(prompt) < context:
-            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room for an answer in a context of {context}")
     weight, R, S = head(model), responses, len(prompts) * responses
-    limit = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    limit = limits(prompts, context_length(model), max_new_tokens)
     slots = min(slots or S, S)
     cache = KeyValues(slots, max(len(p) + n for p, n in zip(prompts, limit, strict=True)), weight.device)
     stops = set(stop)
@@ -168,7 +174,7 @@ def generate(
 
 
 def sample(
-    model: nn.Module,
+    model: nn.Module,  # the policy; with engine vllm its configuration is looked at, not its weights
     tokenizer,
     examples: Sequence[Example],
     config: SampleConfig,
@@ -176,6 +182,7 @@ def sample(
     *,
     seed: int,
     iteration: int,
+    checkpoint: Path | None = None,  # what a server must serve, with engine vllm
 ) -> list[dict]:  # rows of responses.jsonl, one a response, prompts in the order given
     """Draw `config.responses` answers to each example.
 
@@ -185,28 +192,42 @@ def sample(
     stop = stop_ids(model, tokenizer)
     order = sorted(range(len(examples)), key=lambda i: (len(prompts[i]), examples[i].id))
     units = [order[i : i + config.chunk_size] for i in range(0, len(order), config.chunk_size)]
-    R = config.responses
+    R, most = config.responses, config.max_new_tokens
     drawn, started = 0, time.perf_counter()
     todo = list(work.parts("responses", len(units)))
+    served = vllm.check(config.url, checkpoint) if todo and config.engine == "vllm" else None
     done = R * (len(examples) - sum(len(units[unit]) for unit in todo))
     with progress(len(examples) * R, f"iter{iteration}/sample", "responses", done=done) as bar:
         for unit in todo:
             members = units[unit]
-            n = config.max_new_tokens
-            uniform = np.stack([stream(seed, iteration, examples[i].id, r, n) for i in members for r in range(R)])
-            answers = generate(
-                model,
-                [prompts[i] for i in members],
-                uniform,
-                responses=R,
-                max_new_tokens=config.max_new_tokens,
-                stop=stop,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                slots=config.batch_size * R,
-                record=True,
-                tick=bar.update,
-            )
+            asked = [prompts[i] for i in members]
+            names = [(seed, iteration, examples[i].id, r) for i in members for r in range(R)]
+            if served is not None:
+                found = vllm.complete(
+                    config.url,
+                    served,
+                    asked,
+                    [vllm.seed_of(*name) for name in names],
+                    config,
+                    limits=limits(asked, context_length(model), most),
+                    stop=stop,
+                    tick=bar.update,
+                )
+                answers = [Response(*answer) for answer in found]
+            else:
+                answers = generate(
+                    model,
+                    asked,
+                    np.stack([stream(*name, most) for name in names]),
+                    responses=R,
+                    max_new_tokens=most,
+                    stop=stop,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    slots=config.batch_size * R,
+                    record=True,
+                    tick=bar.update,
+                )
             drawn += sum(len(a.ids) for a in answers)
             rows = [
                 {

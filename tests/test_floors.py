@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     3: {"train", "sft", "evaluate", "report", "doctor"},
     2: {"sample", "score", "consistency", "dpo"},
-    1: {"model", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "optim", "run", "plan"}
+    1: {"model", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "optim", "run", "plan", "vllm"}
     | {"summary", "plots"},
     0: {"config", "recipes", "log", "attention", "cache", "__init__"},
 }
