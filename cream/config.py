@@ -133,7 +133,7 @@ class SFTConfig:
     max_length: int = _field(2048, COUNT, "tokens of a conversation; longer ones are dropped and counted")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
-    clip: float = _field(1.0, POSITIVE, "largest norm of the gradient, all parameters together")
+    clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
     checkpoint_every: int = _field(0, COUNT_OR_ZERO, "optimizer steps between checkpoints; 0 saves only at the end")
 
 
@@ -207,8 +207,34 @@ class TrainConfig:
     max_length: int = _field(2048, COUNT, "tokens of a prompt with its response")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
-    clip: float = _field(1.0, POSITIVE, "largest norm of the gradient, all parameters together")
+    clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
     checkpoint_every: int = _field(0, COUNT_OR_ZERO, "optimizer steps between checkpoints; 0 saves only at the end")
+
+
+@dataclass
+class OptimConfig:
+    """What AdamW keeps of each parameter, in SFT and in DPO alike. bfloat16 weights always have 16 low bits beside
+    them, which make a whole float32 master."""
+
+    moments: Literal["float32", "int8"] = _field(
+        "float32",
+        CHOICE,
+        "type of both moments: float32, 8 bytes a parameter; int8, 2, as codes with a float32 scale for each 256",
+    )
+    sums: Literal["float32", "bfloat16"] = _field(
+        "float32",
+        CHOICE,
+        "type that micro-batches' gradients are added up in, where a step has several: float32, exact; bfloat16, half "
+        "the memory, rounded at random so that the sum is right in the mean (for bfloat16 weights)",
+    )
+    clip_by: Literal["global", "tensor"] = _field(
+        "global",
+        CHOICE,
+        "whose norm is held to sft.clip and train.clip: global, the whole gradient's, as in the paper, which has to be "
+        "held until its last part is known; tensor, each tensor's own: another algorithm, which never clips what "
+        "global would not, clips less of what it would, and needs no tensor to wait. With tensor, or clip 0, a step of "
+        "one micro-batch frees each gradient during backward, 2 bytes a parameter less",
+    )
 
 
 @dataclass
@@ -240,6 +266,7 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resume: bool = _field(False, FLAG, "go on with the run in run.dir", of_this_start=True)
 

@@ -1,7 +1,7 @@
 """What this machine offers, and what a recipe needs of it: `python -m cream.doctor --config NAME_OR_FILE`.
 
 Takes the arguments of `python -m cream.train`, changes nothing, uses no network and loads no model. What is optional
-and absent or broken costs one line with the reason. All sizes in GB of 1e9 bytes, memory as upper bounds (cream.plan).
+and absent or broken costs one line with the reason. Sizes in GB of 1e9 bytes, memory at its peak (cream.plan).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cream.log import UserError, entry, printable
 from cream.plan import CARDS_GB, COLUMNS, Plan, Shape, Stage, known_shape, plan, shape_of
 
 GB = 1e9
+RAM = "RAM available"
 Row = Sequence[str]
 # What importing a broken package raises: a missing library is an OSError, a numpy of another ABI a ValueError, a
 # dependency of another version an AttributeError or a TypeError.
@@ -196,7 +197,7 @@ def device_memory() -> tuple[str, int]:
             return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
     except BROKEN:
         pass  # said in the findings
-    return "RAM available", ram()[1]
+    return RAM, ram()[1]
 
 
 def dtype_here(config: Config) -> str:
@@ -259,11 +260,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(printable(str(error)))
         return
-    here = plan(config, shape, dtype_here(config))
-    cards = plan(config, shape, "bfloat16") if config.model.dtype == "auto" else here
     name, memory = device_memory()
+    here = plan(config, shape, dtype_here(config), "cpu" if name == RAM else "cuda")
+    cards = plan(config, shape, "bfloat16") if config.model.dtype == "auto" else here
     size = f"{config.model.path}, {shape.parameters / GB:,.3f} billion parameters"
-    show(f"Memory at most, GB: {size}, {here.dtype} here", ["stage", *COLUMNS, "peak"], memory_rows(here))
+    show(f"Memory at the peak, GB: {size}, {here.dtype} here", ["stage", *COLUMNS, "peak"], memory_rows(here))
     there = "" if cards.dtype == here.dtype else f"; cards in {cards.dtype}, which auto takes there"
     header = ["stage", "field", "recipe", *(f"{size} GB" for size in CARDS_GB), f"here: {name}, {memory / GB:,.1f} GB"]
     show(f"Does it fit, or else with which value of the field{there}", header, fit_rows(cards, here, memory))

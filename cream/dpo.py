@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cream.config import TrainConfig
+from cream.config import OptimConfig, TrainConfig
 from cream.log import Metrics, UserError, say
 from cream.meter import forward_flops
 from cream.model import head
@@ -93,6 +93,7 @@ def train(
     *,
     stage: str,
     seed: int,
+    optim: OptimConfig | None = None,
 ) -> None:
     """Take the policy from theta_t to theta_(t+1), in place. Pairs beyond `max_length` tokens are left out."""
     fitting = [
@@ -123,5 +124,14 @@ def train(
             yield loss.sum() / len(window), shares, packed.tokens
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
-    facts = descend(model, micro_losses, schedule, stage=stage, keep=work.keep("steps"), metrics=metrics)
+    facts = descend(
+        model,
+        micro_losses,
+        schedule,
+        stage=stage,
+        keep=work.keep("steps"),
+        metrics=metrics,
+        optim=optim,
+        micro_batches=lambda step: len(micro_batches(step)),
+    )
     work.facts(pairs=len(fitting), too_long=len(pairs) - len(fitting), **facts)

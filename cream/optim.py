@@ -1,105 +1,229 @@
-"""AdamW over float32 masters, the learning-rate schedule, and the descent that SFT and DPO share.
+"""AdamW over whole float32 masters, the learning-rate schedule, and the descent that SFT and DPO share.
 
-A bfloat16 parameter cannot take a step of 1e-6 (98% of the weights would stay as they are), so every parameter that is
-not float32 has a float32 master; gradients are added up in float32 too, whatever the number of micro-batches.
+A bfloat16 parameter cannot take a step of 1e-6 (98% of the weights would stay as they are), so every bfloat16 weight
+has 16 low bits beside it (cream/adamw.py), and micro-batches add up so that none is lost. A gradient is taken from its
+parameter as soon as backward has made it: into the step's sum, or, where one micro-batch is the step and the clipping
+does not need all gradients at once, straight into the weights.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
+from cream.adamw import BLOCK, EPS, add_, dithered, split, thresholds, update_
 from cream.checkpoint import load_latest, save_step
+from cream.config import OptimConfig
 from cream.log import Metrics, progress
 from cream.meter import Meter
 
-
-def dithered(weight: Tensor) -> Tensor:  # float32, of weight's shape
-    """A float32 master somewhere in the interval that rounds to the bfloat16 weight, drawn evenly, the same each time.
-
-    A master equal to the weight would have to move by half a bfloat16 step, 0.2 to 0.4% of the weight, before the model
-    saw anything, and a short training at a small rate would be rounded away whole. From here a move by a fraction f of
-    a step changes that fraction of the weights: what the model sees is the masters' move, in the mean.
-    """
-    if weight.dtype != torch.bfloat16:
-        raise ValueError(f"masters are for bfloat16 weights, not {weight.dtype}")
-    generator = torch.Generator(weight.device).manual_seed(0)
-    low_bits = torch.randint(
-        -0x7FFF, 0x8000, weight.shape, generator=generator, device=weight.device, dtype=torch.int32
-    )
-    bits = weight.detach().float().view(torch.int32)
-    # float32 bits are ordered as magnitudes, exponents included. Zero and subnormals have no room below: left alone.
-    normal = weight.abs() >= torch.finfo(torch.bfloat16).tiny * 2
-    return torch.where(normal, bits + low_bits, bits).view(torch.float32)
+CHUNK = 256 * BLOCK  # elements that a CPU updates at once: their float32 copies stay in its cache
+MOST_SUMS = 1_000_003  # more micro-batches than a step will ever have: what keeps the draws of two steps apart
 
 
 class AdamW:
-    """torch.optim.AdamW on float32 masters of a module's parameters.
+    """torch.optim.AdamW on a module's parameters, gradients clipped and added up, state as `config` says.
 
-    No weight decay on vectors (norm weights and biases), as in Hugging Face's Trainer, which the paper used.
+    No weight decay on vectors (norm weights and biases), as in Hugging Face's Trainer, which the paper used. 8-bit
+    moments are of matrices; vectors, and what does not divide into blocks, keep float32 ones. Bytes a parameter, with
+    one micro-batch a step: bfloat16 weights with int8 moments 6.03 and 2 of gradients (none where they are released),
+    with float32 moments 12 and 2; float32 weights 12 and 4. With several, `sums` says what the gradients take.
+
+    A step is begin(), backward of each micro-batch's loss, step(). close() takes the hooks off the module.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        *,
+        weight_decay: float,
+        clip: float,  # gradient norm; 0 clips nothing
+        betas: tuple[float, float] = (0.9, 0.999),
+    ):
+        self.config, self.weight_decay, self.clip, self.betas = config, weight_decay, clip, betas
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.masters = {n: p if p.dtype == torch.float32 else dithered(p) for n, p in self.parameters.items()}
-        decayed = [m for m in self.masters.values() if m.ndim > 1]
-        plain = [m for m in self.masters.values() if m.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+        self.state = {name: self._empty(parameter) for name, parameter in self.parameters.items()}
+        self.steps = 0
+        self.gradients: dict[str, Tensor] = {}  # of the step in hand
+        self.norms: dict[str, Tensor] = {}  # of gradients that are gone
+        self.sums: dict[str, int] = {}  # micro-batches that have arrived
+        self.releases = False
+        self.hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
+            for name, parameter in self.parameters.items()
+        ]
 
-    def accumulate(self) -> None:
-        """Add the module's gradients to the masters' in float32 and free them."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is parameter or parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
-    def step(self, lr: float, clip: float) -> Tensor:  # (), the gradient's norm before clipping
-        """One update at learning rate lr, the global gradient norm clipped to `clip`; gradients are freed.
+    def _empty(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state before the first step: no moments, and low bits that start the master between bfloat16 values."""
+        state, blocks = {}, parameter.numel() // BLOCK
+        if parameter.dtype != torch.float32:
+            state["low"] = dithered(parameter.detach())
+        if self.config.moments == "int8" and parameter.ndim > 1 and parameter.numel() % BLOCK == 0:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.int8)
+            state["exp_avg_scale"] = torch.zeros(blocks, 1, device=parameter.device)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.uint8)
+            state["exp_avg_sq_scale"] = torch.zeros(blocks, 1, device=parameter.device)
+        else:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+        return state
 
-        Where the norm is not finite, every weight stays as it was on a CPU; a GPU would have to be waited for.
+    def begin(self, lr: float, micro_batches: int | None = None) -> None:
+        """Start a step at learning rate lr. `micro_batches` is how many losses it will have, where that is known.
+
+        With one, and clipping off or by tensor, gradients are released: each moves its weights as soon as backward has
+        made it and is freed, the same step bit for bit.
         """
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), clip)
+        self.steps += 1
+        self.lr = lr
+        self.releases = micro_batches == 1 and (self.clip == 0 or self.config.clip_by == "tensor")
+        self.gradients, self.norms, self.sums = {}, {}, {}
+
+    @torch.no_grad()
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        self.sums[name] = count = self.sums.get(name, 0) + 1
+        if self.releases:
+            assert count == 1, "gradients were released, and then another micro-batch came"
+            self.norms[name] = norm = _norm(grad)
+            self._update(name, grad, self._factor(norm))
+        elif count == 1:
+            self.gradients[name] = grad
+        elif self.config.sums == "bfloat16" and grad.dtype == torch.bfloat16 and grad.numel() % BLOCK == 0:
+            threshold = thresholds(self.steps * MOST_SUMS + count, grad.device)
+            for total, part in _chunks(self.gradients[name], grad):
+                _fast(add_, grad.device)(total, part, threshold)
+        else:
+            self.gradients[name] = self.gradients[name].float().add_(grad)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:  # (), the gradient's norm before clipping
+        """End the step: every weight is where it should be, and no gradient is held.
+
+        Where the norm is not finite every weight stays as it was on a CPU; a GPU would have to be waited for, and
+        gradients that were released have moved their weights.
+        """
+        norms = self.norms or {name: _norm(grad) for name, grad in self.gradients.items()}
+        norm = torch.linalg.vector_norm(torch.stack([norms[name] for name in self.parameters if name in norms]))
         if norm.device.type == "cpu" and not torch.isfinite(norm):
+            self.gradients = {}
             return norm
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+        for name in self.parameters:
+            if name in self.gradients:
+                own = norms[name] if self.config.clip_by == "tensor" else norm
+                self._update(name, self.gradients.pop(name), self._factor(own))
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by flat names: masters and both moments."""
-        tensors = {}
-        for name, master in self.masters.items():
-            tensors[f"master/{name}"] = master.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}/{name}"] = self.adamw.state[master][moment]
-        return tensors
+    def _factor(self, norm: Tensor) -> Tensor:  # (), as torch.nn.utils.clip_grad_norm_ has it
+        return (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else torch.ones_like(norm)
 
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+    def _update(self, name: str, grad: Tensor, factor: Tensor) -> None:
+        parameter, state = self.parameters[name], self.state[name]
+        decay = self.weight_decay if parameter.ndim > 1 else 0.0
+        if parameter.dtype == torch.float32 and "exp_avg_scale" not in state:
+            _plain(parameter, grad.mul_(factor), state, self.steps, self.betas, self.lr, decay)
+            return
+        numbers = _numbers(self.steps, self.lr, decay, self.betas, grad.device)
+        threshold = thresholds(self.steps, grad.device)
+        update = _fast(update_, grad.device)
+        keys = ("low", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        for weight, part, *rest in _chunks(parameter.detach(), grad, *(state.get(key) for key in keys)):
+            update(weight, *rest, part, factor, numbers, threshold, self.betas)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by flat names: weights, low bits, moments."""
+        found = {f"weight/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        return found | {f"{key}/{name}": t for name, state in self.state.items() for key, t in state.items()}
+
+    def load(self, tensors: dict[str, Tensor], steps: int) -> None:
+        self.steps = steps
         with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"master/{name}"])
-                self.adamw.state[master] = {
-                    "step": torch.tensor(float(step), device=master.device),
-                    **{m: tensors[f"{m}/{name}"].to(master.device).clone() for m in ("exp_avg", "exp_avg_sq")},
-                }
-                self.parameters[name].copy_(master)
+            for name, parameter in self.parameters.items():
+                if (master := tensors.get(f"master/{name}")) is not None:  # as checkpoints of version 0.1.0 have it
+                    halves = (master, None) if parameter.dtype == torch.float32 else split(master)
+                    tensors |= {f"weight/{name}": halves[0], f"low/{name}": halves[1]}
+                parameter.copy_(tensors[f"weight/{name}"])
+                for key, tensor in self.state[name].items():
+                    tensor.copy_(tensors[f"{key}/{name}"])
+
+
+@functools.lru_cache(maxsize=4)  # a step asks for each of a model's tensors, and a copy to the device makes it wait
+def _numbers(step: int, lr: float, decay: float, betas: tuple[float, float], device: torch.device) -> Tensor:
+    """What update_ wants to know of the step."""
+    found = [lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5, 1 - lr * decay]
+    return torch.tensor(found, dtype=torch.float32, device=device)
+
+
+def _norm(grad: Tensor) -> Tensor:  # () float32
+    return torch.linalg.vector_norm(grad, dtype=torch.float32)
+
+
+def _chunks(*tensors: Tensor | None) -> Iterable[tuple[Tensor | None, ...]]:
+    """The tensors side by side as (B, BLOCK), and scales as (B, 1): whole on a GPU, CHUNK elements at once on a CPU.
+
+    Where the first does not divide into blocks they are given as they are.
+    """
+    first = tensors[0]
+    if first.numel() % BLOCK:
+        yield tensors
+        return
+    blocks = first.numel() // BLOCK
+    tensors = tuple(t if t is None else t.view(blocks, -1) for t in tensors)
+    size = blocks if first.is_cuda else CHUNK // BLOCK
+    for i in range(0, blocks, size):
+        yield tuple(t if t is None else t[i : i + size] for t in tensors)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _fast(function: Callable, device: torch.device) -> Callable:
+    """One kernel on a GPU; on a CPU as it is, which takes as long and no minute of compiling (NOTES.md)."""
+    return _compiled(function) if device.type == "cuda" else function
+
+
+def _plain(
+    parameter: Tensor,  # float32
+    grad: Tensor,  # float32
+    state: dict[str, Tensor],
+    step: int,
+    betas: tuple[float, float],
+    lr: float,
+    decay: float,
+) -> None:
+    """torch's own fused step, where everything is float32."""
+    count = torch.full((), step - 1, dtype=torch.float32, device=parameter.device)  # which it raises by one
+    adamw(
+        [parameter.detach()],
+        [grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [count],
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=decay,
+        eps=EPS,
+        maximize=False,
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -119,7 +243,7 @@ class Schedule:
     lr: float
     warmup: float  # fraction of steps
     weight_decay: float
-    clip: float  # gradient norm
+    clip: float  # gradient norm; 0 clips nothing
     checkpoint_every: int  # steps; 0: never before the end
 
 
@@ -131,6 +255,8 @@ def descend(
     stage: str,
     keep: Path,  # where step checkpoints go
     metrics: Metrics,
+    optim: OptimConfig | None = None,  # None: the defaults
+    micro_batches: Callable[[int], int | None] = lambda step: None,  # losses of a step, where the caller knows
     after: Callable[[int], None] = lambda step: None,
 ) -> dict[str, float | None]:  # for the ledger: steps, and Meter.facts of this process's part of them
     """Run the schedule from the newest step checkpoint, or from the start.
@@ -140,28 +266,31 @@ def descend(
     run sees the batches that it would have seen. `after(step)` is called when a step's weights are in place.
     Raises UserError, nothing written, where the loss or the gradient is not finite.
     """
-    optimizer = AdamW(model, weight_decay=schedule.weight_decay)
-    start = 0
-    if (latest := load_latest(keep)) is not None:
-        start, tensors, _ = latest
-        optimizer.load(tensors, start)
-    metrics.rewind(stage, start)  # what a killed attempt wrote after its last checkpoint is written again
-    meter = Meter(model, stage, metrics)
-    with progress(schedule.steps, stage, "steps", done=start) as bar:
-        for step in range(start, schedule.steps):
-            meter.begin()
-            for loss, shares, tokens in micro_losses(step):
-                loss.backward()
-                optimizer.accumulate()
-                meter.add(loss, shares, tokens)
-            meter.check(step)
-            rate = learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
-            norm = optimizer.step(rate, schedule.clip)
-            done = step + 1
-            saves = schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps
-            meter.end(done, due=saves or done == schedule.steps, lr=rate, grad_norm=norm)
-            after(done)
-            if saves:
-                save_step(keep, done, optimizer.state(), {"stage": stage})
-            bar.update(1)
+    with closing(
+        AdamW(model, optim or OptimConfig(), weight_decay=schedule.weight_decay, clip=schedule.clip)
+    ) as optimizer:
+        start = 0
+        if (latest := load_latest(keep)) is not None:
+            start, tensors, _ = latest
+            optimizer.load(tensors, start)
+            del latest, tensors
+        metrics.rewind(stage, start)  # what a killed attempt wrote after its last checkpoint is written again
+        meter = Meter(model, stage, metrics)
+        with progress(schedule.steps, stage, "steps", done=start) as bar:
+            for step in range(start, schedule.steps):
+                meter.begin()
+                rate = learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
+                optimizer.begin(rate, micro_batches(step))
+                for loss, shares, tokens in micro_losses(step):
+                    loss.backward()
+                    meter.add(loss, shares, tokens)
+                meter.check(step)
+                norm = optimizer.step()
+                done = step + 1
+                saves = schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps
+                meter.end(done, due=saves or done == schedule.steps, lr=rate, grad_norm=norm)
+                after(done)
+                if saves:
+                    save_step(keep, done, optimizer.tensors(), {"stage": stage})
+                bar.update(1)
     return {"steps": schedule.steps, **meter.facts()}

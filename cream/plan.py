@@ -1,20 +1,23 @@
 """How much memory and disk a recipe takes: arithmetic on the model's shape, no model loaded and nothing measured.
 
 D hidden size, F width of the feed-forward layer, H query heads, K kv heads, E head size, V vocabulary. All sizes in
-bytes; GB means 1e9 bytes. The figures are upper bounds of a stage's large tensors, every sequence at its greatest
-length; what they leave out (kernels, allocator, CUDA context) is why a card of N GiB counts here as N GB, 7% less.
+bytes; GB means 1e9 bytes. The figures are a stage's tensors at its peak, every sequence at its greatest length; a test
+holds training's to within 10% of what a process takes. They leave out kernels, fragmentation and the CUDA context
+(0.6 GB), which is why a card of N GiB counts here as N GB, 7% less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cream.config import Config
+from cream.config import Config, OptimConfig
 
 CARDS_GB = (24, 40, 80)
-HEAD_TILE = (4096, 16384)  # rows and vocabulary that the torch path of linear_logp holds at once on a GPU, in float32
+HEAD_TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # linear_logp's: rows and vocabulary held at once, in float32
 HEAD_CHUNK = 1024  # rows of logits that linear_weighted_dpo holds, in float32, or those of one pair where it has more
+BLOCK = 256  # cream.adamw's, which needs torch: parameters whose 8-bit moments share a scale
 STEP_CHECKPOINTS = 3  # the newest two are kept, and a third exists while it is written
 
 
@@ -37,6 +40,16 @@ class Shape:
         D, H, K, E = self.hidden, self.heads, self.kv_heads, self.head_size
         layer = 2 * D * H * E + 2 * D * K * E + 3 * D * self.intermediate + 2 * D
         return self.vocabulary * D * (1 if self.tied else 2) + self.layers * layer + D
+
+    @property
+    def vectors(self) -> int:
+        """Parameters in norm weights."""
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(self.vocabulary, self.intermediate) * self.hidden
 
 
 LLAMA3_8B = Shape(128256, 4096, 32, 32, 8, 128, 14336, False, 8192)
@@ -103,37 +116,73 @@ def forward_bytes(shape: Shape, size: int) -> int:
     return size * (3 * shape.intermediate + 3 * shape.hidden) + 8 * shape.hidden
 
 
+def backward_bytes(shape: Shape, size: int) -> int:
+    """Bytes a token that backward through a layer holds besides what autograd kept: gradients of two of SwiGLU's, and
+    of the residual and a norm."""
+    return size * (2 * shape.intermediate + 2 * shape.hidden)
+
+
+def state_bytes(shape: Shape, size: int, optim: OptimConfig) -> tuple[int, int]:
+    """(low bits, moments) of the optimizer, whole model (cream/optim.py)."""
+    matrices = shape.parameters - shape.vectors
+    low = 2 * shape.parameters if size == 2 else 0
+    if optim.moments == "int8":
+        return low, 2 * matrices + 8 * matrices // BLOCK + 8 * shape.vectors
+    return low, 8 * shape.parameters
+
+
+def sums_bytes(shape: Shape, size: int, optim: OptimConfig, clip: float, single: bool) -> tuple[int, int]:
+    """(bytes that a step's gradients take from its first micro-batch on, bytes that they take when the last is over).
+
+    `single`: a step is one micro-batch, whose gradients come as its activations go.
+    """
+    if not single:
+        each = 2 if size == 2 and optim.sums == "bfloat16" else 4
+        return each * shape.parameters, 0
+    if clip == 0 or optim.clip_by == "tensor":
+        return 0, 0
+    return 0, size * shape.parameters
+
+
 @dataclass(frozen=True)
 class Part:
     what: str  # one of COLUMNS
     bytes: int
-    scales: bool = False  # grows with the stage's batch field
 
 
-COLUMNS = ("weights", "gradients", "master", "moments", "activations", "head", "KV cache")
+COLUMNS = ("weights", "low bits", "moments", "gradients", "activations", "head", "KV cache")
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    field: str  # the configuration field that the scaling parts are proportional to
+    field: str  # the configuration field that a batch's memory depends on
     count: int  # its value in the recipe
-    parts: tuple[Part, ...]
-    least: int = 1  # below this the field saves nothing
+    parts_at: Callable[[int], tuple[Part, ...]]  # what is held at the peak with that value
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.parts_at(self.count)
 
     @property
     def peak(self) -> int:
-        return sum(part.bytes for part in self.parts)
+        return self.peak_at(self.count)
+
+    def peak_at(self, count: int) -> int:
+        return sum(part.bytes for part in self.parts_at(count))
 
     def bytes_of(self, what: str) -> int:
         return sum(part.bytes for part in self.parts if part.what == what)
 
     def largest(self, limit: float) -> int:
-        """The greatest value of `field` whose peak stays within `limit` bytes; 0 where even the least does not."""
-        fixed = sum(part.bytes for part in self.parts if not part.scales)
-        unit = (self.peak - fixed) / self.count
-        largest = int((limit - fixed) // unit)
-        return largest if largest >= self.least else 0
+        """The greatest value of `field` whose peak stays within `limit` bytes; 0 where even 1 does not."""
+        fits, bursts = 0, 1
+        while self.peak_at(bursts) <= limit:
+            fits, bursts = bursts, 2 * bursts
+        while bursts - fits > 1:
+            middle = (fits + bursts) // 2
+            fits, bursts = (middle, bursts) if self.peak_at(middle) <= limit else (fits, middle)
+        return fits
 
 
 @dataclass(frozen=True)
@@ -152,61 +201,118 @@ class Plan:
         return sum(size for _, size in self.disk)
 
 
-def plan(config: Config, shape: Shape, dtype: str = "bfloat16") -> Plan:
+def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "cuda") -> Plan:
     """Memory of each stage on one device and disk of the whole run, for a compute dtype "float32" or "bfloat16".
 
-    Training keeps weights in the compute dtype, float32 sums of gradients and two float32 AdamW moments: 16 bytes a
-    parameter in float32. bfloat16 has its own gradients and a float32 master copy of the weights besides: 20 bytes.
-    One model is in memory at a time; scoring swaps weights.
+    One model is in memory at a time; scoring swaps weights. Sampling, scoring and evaluation are upper bounds.
     """
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    count, weights = shape.parameters, shape.parameters * size
+    weights = Part("weights", shape.parameters * size)
     sample, score, train, sft = config.sample, config.score, config.train, config.sft
-    saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing)
     cache = 2 * shape.layers * shape.kv_heads * shape.head_size * size  # bytes a token
     # a pair reads its prompt's keys and values twice, so that at most as many again are kept
     twice = cache // shape.layers if config.model.gradient_checkpointing in ("auto", "full") else cache
-    rows, columns = HEAD_TILE[0], min(HEAD_TILE[1], shape.vocabulary)
-    tile = 4 * columns * (2 * rows + 2 * shape.hidden)  # logits and a slice of the head, and both gradients
-    longest_pair = max(HEAD_CHUNK, 2 * min(sample.max_new_tokens, train.max_length))
-    # the logits, the same as input of a product, a float32 sum of the head's gradient
-    chunk = shape.vocabulary * (longest_pair * (4 + size) + shape.hidden * 4)
-    state = [Part("weights", weights), Part("gradients", 4 * count), Part("moments", 8 * count)]
-    if dtype == "bfloat16":  # a micro-batch's own gradients stand beside the float32 sums that they are added to
-        state += [Part("gradients", weights), Part("master", 4 * count)]
 
-    def training(name: str, batch_tokens: int, longest: int, copied: int, head: int) -> Stage:
-        tokens = max(batch_tokens, longest)  # what is longer than a batch is a batch by itself
-        wide = tokens * shape.hidden * 8  # hidden states and their gradient in float32
-        activations = Part("activations", tokens * (saved + recomputed + copied), True)
-        parts = (*state, activations, Part("head", wide, True), Part("head", head))
-        return Stage(name, f"{name}.batch_tokens", tokens, parts, longest)
+    def training(name: str, longest: int, copied: int, head: Callable[[int], int]) -> Stage:
+        settings = getattr(config, name)
+
+        def parts_at(tokens: int) -> tuple[Part, ...]:
+            tokens = max(tokens, longest)  # what is longer than a batch is a batch by itself
+            single = tokens >= settings.batch_size * longest
+            gradients = sums_bytes(shape, size, config.optim, settings.clip, single)
+            return (weights, *_training_parts(config, shape, size, tokens, copied, gradients, head(tokens)))
+
+        return Stage(name, f"{name}.batch_tokens", max(settings.batch_tokens, longest), parts_at)
 
     def generation(name: str, prompts: int, responses: int, new_tokens: int) -> Stage:
-        sequences, prompt = prompts * responses, config.data.max_prompt_tokens
-        held = (
-            Part("weights", weights),
-            Part("activations", prompts * prompt * forward_bytes(shape, size), True),
-            Part("head", sequences * shape.vocabulary * 4 * 3, True),  # logits, their order, running sums
-            Part("KV cache", sequences * (prompt + new_tokens) * cache, True),
+        prompt = config.data.max_prompt_tokens
+
+        def parts_at(prompts: int) -> tuple[Part, ...]:
+            sequences = prompts * responses
+            return (
+                weights,
+                Part("activations", prompts * prompt * forward_bytes(shape, size)),
+                Part("head", sequences * shape.vocabulary * 4 * 3),  # logits, their order, running sums
+                Part("KV cache", sequences * (prompt + new_tokens) * cache),
+            )
+
+        return Stage(name, f"{name}.batch_size", prompts, parts_at)
+
+    def scoring(tokens: int) -> tuple[Part, ...]:
+        return (
+            weights,
+            Part("activations", tokens * forward_bytes(shape, size)),
+            Part("head", tokens * shape.hidden * 4 + tile_bytes(shape, device)),
         )
-        return Stage(name, f"{name}.batch_size", prompts, held)
 
     stages = []
     if sft.enabled:
-        stages.append(training("sft", sft.batch_tokens, sft.max_length, 0, tile))
+        stages.append(training("sft", sft.max_length, 0, functools.partial(logp_bytes, shape, size, device)))
     stages.append(generation("sample", sample.batch_size, sample.responses, sample.max_new_tokens))
-    scoring = (
-        Part("weights", weights),
-        Part("activations", score.batch_tokens * forward_bytes(shape, size), True),
-        Part("head", score.batch_tokens * shape.hidden * 4, True),
-        Part("head", tile),
-    )
     stages.append(Stage("score", "score.batch_tokens", score.batch_tokens, scoring))
-    stages.append(training("train", train.batch_tokens, 2 * train.max_length, twice, chunk))
+    pair = 2 * min(sample.max_new_tokens, train.max_length)
+    dpo = functools.partial(dpo_bytes, shape, size, device, pair)
+    stages.append(training("train", 2 * train.max_length, twice, dpo))
     if config.evaluate.enabled:
         stages.append(generation("evaluate", config.evaluate.batch_size, 1, config.evaluate.max_new_tokens))
-    return Plan(dtype, shape, tuple(stages), _disk(config, count, size))
+    return Plan(dtype, shape, tuple(stages), _disk(config, shape, size))
+
+
+def tile_bytes(shape: Shape, device: str) -> int:
+    """A tile of logits and of the head in float32, and both gradients."""
+    rows, columns = HEAD_TILE[device]
+    return 4 * min(columns, shape.vocabulary) * (2 * rows + 2 * shape.hidden)
+
+
+def logp_bytes(shape: Shape, size: int, device: str, rows: int) -> int:
+    """linear_logp over `rows` hidden states: they, their gradient in float32, the head's gradient and a tile."""
+    wide = rows * shape.hidden * (8 + size)
+    return wide + shape.vocabulary * shape.hidden * size + tile_bytes(shape, device)
+
+
+def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int:
+    """linear_weighted_dpo over `rows` hidden states, of which a pair has `pair`: they, and they and their gradient in
+    float32; a chunk's logits; the head's gradient in float32 and then, if that is not its type, in its own."""
+    wide = rows * shape.hidden * (8 + size)
+    chunk = min(rows, max(HEAD_CHUNK, pair)) * shape.vocabulary * 4
+    gradient = shape.vocabulary * shape.hidden * (4 + size)
+    return wide + chunk + gradient + tile_bytes(shape, device)
+
+
+def _training_parts(
+    config: Config,
+    shape: Shape,
+    size: int,
+    tokens: int,  # a forward pass
+    copied: int,  # bytes a token that attention keeps of prompts' keys and values
+    gradients: tuple[int, int],  # of sums_bytes
+    head: int,  # what the head and its loss hold, with every token a label
+) -> tuple[Part, ...]:
+    """Besides the weights, what training holds at its peak: where the head's loss is computed and all activations are
+    there, in the last layer's backward, or at the end of a step's only micro-batch, when all gradients are."""
+    saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing)
+    saved += copied
+    low, moments = state_bytes(shape, size, config.optim)
+    sums, last = gradients
+    layer = recomputed + backward_bytes(shape, size)
+    embedding = shape.vocabulary * shape.hidden * size
+    # A tied head's gradient waits for the embedding's, and then there is their sum; one that is untied waits where it
+    # is kept for the end.
+    waiting = embedding if shape.tied or last else 0
+    arriving = 3 * embedding if shape.tied else 0 if last else shape.largest * size
+    peaks = (
+        (sums, tokens * saved, head),
+        (sums + waiting, tokens * (saved + layer), 0),
+        (sums + last + arriving, tokens * (layer + shape.hidden * size), 0),
+    )
+    held, activations, head = max(peaks, key=sum)
+    return (
+        Part("low bits", low),
+        Part("moments", moments),
+        Part("gradients", held),
+        Part("activations", activations),
+        Part("head", head),
+    )
 
 
 def gradient_checkpointing(config: Config, shape: Shape, dtype: str, memory: float) -> str:
@@ -218,17 +324,17 @@ def gradient_checkpointing(config: Config, shape: Shape, dtype: str, memory: flo
     return "full"
 
 
-def _disk(config: Config, count: int, size: int) -> tuple[tuple[str, int], ...]:
+def _disk(config: Config, shape: Shape, size: int) -> tuple[tuple[str, int], ...]:
     """(what, bytes): the models that stay, the step checkpoints at their height, the text where it is bounded."""
-    T = config.run.iterations
+    T, count = config.run.iterations, shape.parameters
     converted = config.model.path.endswith(".gguf") or config.model.path == "smollm2-135m"
     halfway = config.score.first_round == "sft_half"
     fine_tuned = ["M1"] + ["M1 halfway"] * halfway if config.sft.enabled else []
     names = [*(["M0"] if converted else []), *fine_tuned, *(f"M{t + 2}" for t in range(T))]
     rows = [(f"models {', '.join(names)}", len(names) * count * size)]
     if config.sft.checkpoint_every or config.train.checkpoint_every:
-        # weights in float32 (the master copy, where there is one) and two float32 moments
-        rows.append((f"{STEP_CHECKPOINTS} step checkpoints while training", STEP_CHECKPOINTS * 12 * count))
+        each = count * size + sum(state_bytes(shape, size, config.optim))
+        rows.append((f"{STEP_CHECKPOINTS} step checkpoints while training", STEP_CHECKPOINTS * each))
     prompts, sample = config.data.prompts_per_iteration, config.sample
     if prompts:
         # JSONL: an id takes about 7 characters with its comma and space, and a token is about 4 of text

@@ -62,9 +62,8 @@ def score(
             pieces = zip(keys, logp.split(packed.cu_seqlens.diff().tolist()), strict=True)
             tokens |= {key: piece for key, piece in pieces if key in tokens}
         lengths = packed.cu_seqlens.diff().to(weight.device, non_blocking=True)
-        sums.append(
-            torch.segment_reduce(logp.double(), "sum", lengths=lengths, unsafe=True)
-        )  # what ranks is a difference of such
+        # In float64: what ranks is a difference of such sums.
+        sums.append(torch.segment_reduce(logp.double(), "sum", lengths=lengths, unsafe=True))
         done.tokens += packed.tokens
         done.flops += forward_flops(model, packed)
         tick(len(batch))

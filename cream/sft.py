@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from cream.config import SFTConfig
+from cream.config import OptimConfig, SFTConfig
 from cream.data import Conversation, encode_conversation
 from cream.dpo import windows
 from cream.log import Metrics, UserError, say
@@ -41,6 +41,7 @@ def train(
     metrics: Metrics,
     *,
     seed: int,
+    optim: OptimConfig | None = None,
     halfway: Callable[[], None] | None = None,  # called when half of the steps are done
 ) -> None:
     """Fine-tune in place. Conversations longer than `max_length` tokens are left out and counted."""
@@ -75,7 +76,17 @@ def train(
             halfway()
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
-    facts = descend(model, micro_losses, schedule, stage="sft", keep=work.keep("steps"), metrics=metrics, after=after)
+    facts = descend(
+        model,
+        micro_losses,
+        schedule,
+        stage="sft",
+        keep=work.keep("steps"),
+        metrics=metrics,
+        optim=optim,
+        micro_batches=lambda step: len(micro_batches(step)),
+        after=after,
+    )
     work.facts(conversations=len(fitting), too_long=len(encoded) - len(fitting), **facts)
 
 

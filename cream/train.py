@@ -228,11 +228,13 @@ class Job:
                 work,
                 self.metrics,
                 seed=self.config.run.seed,
+                optim=self.config.optim,
                 halfway=save_half if half else None,
             )
             save(work.path("sft/model"), model, self.tokenizer, card)
 
-        settings = {**self.numerics, **asdict(config), "sources": data.sft, "limit": data.sft_limit}
+        settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
+        settings |= {"sources": data.sft, "limit": data.sft_limit}
         inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
         return self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings)[0]
 
@@ -301,7 +303,8 @@ class Job:
         def body(work: Work) -> None:
             rows = read_rows(pairs)
             model = self.resident.at(policy, gradients=True)
-            dpo.train(model, rows, config, work, self.metrics, stage=stage, seed=self.config.run.seed)
+            optim, seed = self.config.optim, self.config.run.seed
+            dpo.train(model, rows, config, work, self.metrics, stage=stage, seed=seed, optim=optim)
             [summary] = read_rows(pairs.with_name("ranking.json"))
             facts = {"pairs": len(rows), "mean tau": summary["tau_mean"], "mean agreement": summary["agreement_mean"]}
             save(
@@ -312,7 +315,8 @@ class Job:
             )
 
         inputs = {"policy": policy, "pairs": pairs}
-        return self.stage(stage, body, inputs, [output], {**self.numerics, **asdict(config)})[0]
+        settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
+        return self.stage(stage, body, inputs, [output], settings)[0]
 
     def evaluate(self, t: int, model: Path, questions: Path) -> None:
         config, stage = self.config.evaluate, f"eval/m{t}"

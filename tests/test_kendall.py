@@ -185,6 +185,18 @@ def test_child_forked_after_a_parallel_call(monkeypatch):
             assert np.array_equal(tau, expected, equal_nan=True)
 
 
+def test_many_small_calls_load_numba_in_the_end(monkeypatch):
+    module._compiled.cache_clear()
+    monkeypatch.setattr(module, "_done_by_numpy", 0)
+    monkeypatch.setattr(module, "_NUMPY_COMPARISONS", 40)
+    by_numpy = []
+    monkeypatch.setattr(module, "_count_numpy", lambda *given, f=module._count_numpy: by_numpy.append(1) or f(*given))
+    x, y = rankings(1, 6)  # 15 comparisons
+    taus = [kendall_tau(x, y) for _ in range(4)]
+    assert len(by_numpy) == 2 + 1  # numba answers the third; the fourth is so little that NumPy is faster all the same
+    assert all(np.array_equal(tau, taus[0]) for tau in taus)
+
+
 def test_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     module._compiled.cache_clear()

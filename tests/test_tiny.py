@@ -143,6 +143,14 @@ def test_a_second_start_does_nothing(again, tiny, capsys):
     assert "M3" in capsys.readouterr().out
 
 
+def test_optimizer_settings_reach_both_trainings(again, finished, tiny):
+    changed = {"optim.moments": "int8", "optim.clip_by": "tensor"}
+    main(arguments(tiny, again, "--resume", "--run.only", "sft", **changed))
+    assert stages(again)[len(LOOP) :] == ["sft"] and not same(finished / "sft/model", again / "sft/model")
+    main(arguments(tiny, again, "--resume", "--run.only", "iter1/train", **changed))
+    assert not same(finished / "iter1/model", again / "iter1/model")
+
+
 def test_a_changed_setting_redoes_what_depends_on_it(again, tiny):
     main(arguments(tiny, again, "--resume", **{"consistency.level": "constant", "consistency.constant": "1.0"}))
     assert stages(again)[len(LOOP) :] == ["iter1/rank", "iter1/train", "eval/m2"] + [
