@@ -29,7 +29,7 @@ from cream.data import Example, encode_prompt
 from cream.log import UserError, progress
 from cream.model import context_length, head, hidden_states, stop_ids
 from cream.run import Work
-from cream_kernels import gather_logp, top_p_sample
+from cream_kernels import gather_logp, linear_logp_native, top_p_sample
 
 SPARE = 16  # prompts are computed when one slot of so many is free: a few together, and few slots idle meanwhile
 RECORDED = 16  # of so many responses, one has its log-probs kept: a pass over its logits, 3% of a step if all had it
@@ -72,6 +72,18 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Prefille
         )
         for n, end in zip(lengths, ends, strict=True)
     ]
+
+
+def logits_of(
+    hidden: Tensor,  # (A, D)
+    weight: Tensor,  # (V, D)
+) -> Tensor:  # (A, V) float32 or the weight's dtype
+    """hidden @ weight.T, of bfloat16 in float32 where that costs no more, as scoring has it."""
+    if linear_logp_native.why_not(hidden, weight) is not None:
+        return hidden @ weight.T
+    logits = torch.empty(len(hidden), len(weight))
+    linear_logp_native.logits_tile(hidden, weight, logits)
+    return logits
 
 
 def limits(prompts: Sequence[Sequence[int]], context: int, most: int) -> list[int]:
@@ -133,7 +145,7 @@ def generate(
         live += new
         admitted = new.stop
 
-        logits = hidden @ weight.T  # (A, V)
+        logits = logits_of(hidden, weight)
         step = [len(answers[s]) for s in live]
         draws = np.zeros(len(live)) if uniform is None else uniform[live, step]
         token = top_p_sample(

@@ -11,7 +11,8 @@ from cream.config import SampleConfig
 from cream.data import Example, encode_prompt
 from cream.log import UserError
 from cream.model import stop_ids
-from cream.sample import RECORDED, generate, sample, stream
+from cream.sample import RECORDED, generate, logits_of, sample, stream
+from cream_kernels import linear_logp_native
 
 
 def prompts_of(tokenizer, texts):
@@ -122,6 +123,15 @@ def test_recorded_log_probs_are_the_models(loaded, tokenizer):
             logits = loaded(torch.tensor([prompt + answer.ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
         wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
         np.testing.assert_allclose(answer.logp, wanted.numpy(), atol=1e-5)
+
+
+def test_logits_of_bfloat16_are_not_rounded_where_the_processor_can():
+    hidden, weight = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (7, 301))
+    truth = hidden.double() @ weight.double().T
+    logits, reason = logits_of(hidden, weight), linear_logp_native.why_not(hidden, weight)
+    assert logits.dtype == (torch.float32 if reason is None else torch.bfloat16)
+    assert (logits - truth).abs().max() < (1e-4 if reason is None else 0.2)
+    assert logits_of(hidden.float(), weight.float()).equal(hidden.float() @ weight.float().T)
 
 
 def test_first_tokens_follow_the_nucleus(loaded, tokenizer):
