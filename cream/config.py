@@ -26,6 +26,8 @@ from cream.log import UserError, entry, printable
 from cream.recipes import Given
 
 DEFAULT_RECIPE = "smoke"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a LLaMA layer
+NEEDS_PEFT = "lora.r is above 0, which takes peft, and it is not installed; run: pip install -e .[peft]"
 
 
 class Allowed(NamedTuple):
@@ -40,6 +42,7 @@ TEXT = Allowed("text that is not empty", lambda value: bool(value.strip()))
 URL = Allowed(
     "an address that begins with http:// or https://", lambda value: re.match(r"https?://.", value) is not None
 )
+LAYERS = Allowed(f"a list of some of {', '.join(LINEAR)}", lambda value: bool(value) and set(value) <= set(LINEAR))
 TEXTS = Allowed("a list of texts, none of them empty", lambda value: all(item.strip() for item in value))
 FLAG = Allowed("true or false", lambda value: True)
 CHOICE = Allowed("one of", lambda value: True)  # followed by the names in the field's Literal
@@ -101,6 +104,22 @@ class ModelConfig:
         "what backward computes again to save memory, with the same result: none; selective, what is cheap (norms, "
         "activation functions), for about half of it; full, each layer from its input, for a third more time; auto "
         "takes the first that fits",
+    )
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters over a frozen M0, through peft: M1 and each round's model are adapters of some megabytes, and
+    M0 is what is left when they are switched off."""
+
+    r: int = _field(0, COUNT_OR_ZERO, "rank of the adapters; 0 trains all weights; the released code has 32")
+    alpha: float = _field(64.0, POSITIVE, "the adapters' product is scaled by alpha / r")
+    dropout: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of an adapter's inputs left out at random in training")
+    targets: list[str] = _field(LINEAR, LAYERS, "layers that get an adapter; the head never does")
+    merge_on_export: Literal["last", "all", "none"] = _field(
+        "last",
+        CHOICE,
+        "which models are also written whole, the adapter added to M0's weights: the final one, each, or none",
     )
 
 
@@ -260,6 +279,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -319,6 +339,8 @@ def validate(config: Config) -> None:
             "score.reward dpo needs sft.enabled, or an M1 in sft.path: otherwise M1 is M0, and every reward of round 1 "
             "is 0; or use score.reward likelihood"
         )
+    if config.sample.engine == "vllm" and config.lora.r:
+        raise UserError("sample.engine vllm needs lora.r 0: the server is asked for whole models, not for adapters")
     if not config.sft.enabled and config.score.first_round == "sft_half":
         raise UserError("score.first_round sft_half needs sft.enabled: there is no checkpoint halfway through SFT")
 
@@ -469,7 +491,7 @@ def _parser(prog: str, description: str) -> ArgumentParser:
         elif knob.type is bool:
             how = {"type": bool, "nargs": "?", "const": True, "metavar": "true|false"}
         elif typing.get_origin(knob.type) is list:
-            how = {"nargs": "+", "action": _Several, "metavar": "SOURCE"}
+            how = {"nargs": "+", "action": _Several, "metavar": "SOURCE" if section == "data" else "NAME"}
         else:
             how = {"type": knob.type, "metavar": "VALUE"}
         groups.get(section, parser).add_argument(f"--{key}", default=default, help=text, **how)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cream.config import OptimConfig, TrainConfig
 from cream.log import Metrics, UserError, say
-from cream.meter import forward_flops
+from cream.meter import training_flops
 from cream.model import head
 from cream.optim import Schedule, descend
 from cream.packing import Group, Packed, batches, group_tokens, pack, read
@@ -120,7 +120,7 @@ def train(
             shares = {key: value / len(window) for key, value in measures(micro, logp, config.beta).items()}
             # The policy's own; the reference's are theta_t's scores, which are there.
             shares["sequence_forwards_per_prompt"] = packed.sequences / len(window)
-            shares["flops"] = 3 * forward_flops(model, packed)
+            shares["flops"] = training_flops(model, packed)
             yield loss.sum() / len(window), shares, packed.tokens
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
@@ -132,6 +132,7 @@ def train(
         keep=work.keep("steps"),
         metrics=metrics,
         optim=optim,
+        seed=seed,
         micro_batches=lambda step: len(micro_batches(step)),
     )
     work.facts(pairs=len(fitting), too_long=len(pairs) - len(fitting), **facts)

@@ -14,7 +14,7 @@ from cream.config import OptimConfig, SFTConfig
 from cream.data import Conversation, encode_conversation
 from cream.dpo import windows
 from cream.log import Metrics, UserError, say
-from cream.meter import forward_flops
+from cream.meter import training_flops
 from cream.model import head
 from cream.optim import Schedule, descend
 from cream.packing import Labelled, Packed, batches, labelled_tokens, pack_labelled, read
@@ -67,7 +67,7 @@ def train(
             loss, packed = loss_of(model, micro)
             shares = {
                 "sequence_forwards_per_prompt": packed.sequences / len(window),
-                "flops": 3 * forward_flops(model, packed),
+                "flops": training_flops(model, packed),
             }
             yield loss / labels, shares, packed.tokens
 
@@ -84,6 +84,7 @@ def train(
         keep=work.keep("steps"),
         metrics=metrics,
         optim=optim,
+        seed=seed,
         micro_batches=lambda step: len(micro_batches(step)),
         after=after,
     )

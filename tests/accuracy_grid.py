@@ -113,15 +113,18 @@ def compare(N: int, V: int, D: int, dtype: torch.dtype, device: str) -> tuple[bo
         scored = linear_logp(*given[:3]), reference.linear_logp(*given[:3])
     names = ("scored", "logp", "dhidden", "dweight", "frozen dhidden")
     errors = {name: (Error(), Error()) for name in names}
+    dweights = []
     for side, function in enumerate((linear_logp, reference.linear_logp)):
         errors["scored"][side].add(scored[side], exact.logp)
         logp, dhidden, dweight = run(function, *given, frozen=False)
         errors["logp"][side].add(logp, exact.logp)
         errors["dhidden"][side].add(dhidden, exact.dhidden)
-        for tile in exact.tiles():
-            errors["dweight"][side].add(dweight[tile], exact.dweight(tile))
-        del dweight
+        dweights.append(dweight)
         errors["frozen dhidden"][side].add(run(function, *given, frozen=True)[1], exact.dhidden)
+    for tile in exact.tiles():
+        of_tile = exact.dweight(tile)
+        for side, dweight in enumerate(dweights):
+            errors["dweight"][side].add(dweight[tile], of_tile)
     worse = [name for name, (ours, plain) in errors.items() if not ours.no_worse_than(plain)]
     line = "  ".join(f"{name} {o.relative():.1e}/{p.relative():.1e}" for name, (o, p) in errors.items())
     return not worse, line + (f"  WORSE: {', '.join(worse)}" if worse else "")

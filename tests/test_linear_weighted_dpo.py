@@ -147,6 +147,17 @@ def test_upstream_is_not_rounded_to_the_dtype_of_the_head():
     assert abs(factor / 0.3 - 1) < 1e-3
 
 
+def test_dweight_is_summed_in_float32():
+    """Three chunks that push by 2048, 1 and -2048: bfloat16 has no 2049."""
+    hidden, weight = torch.ones(3, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 1, 1, 2, 2, 3, 3])  # every rejected sequence is empty
+    reference_logp = torch.tensor([-math.log(2), 0.0] * 3)
+    agreement = 0.5 - torch.tensor([4096.0, 2.0, -4096.0]) / BETA
+    given = hidden, weight, torch.zeros(3, dtype=torch.int64), cu_seqlens, reference_logp, agreement
+    *_, dweight = run(linear_weighted_dpo, *given, upstream=torch.ones(3), chunk_tokens=1)
+    torch.testing.assert_close(dweight.float(), torch.tensor([[1.0], [-1.0]]), rtol=0, atol=0.01)
+
+
 def test_all_ignored_and_nothing_at_all(way):
     hidden, weight, targets, cu_seqlens, reference_logp, agreement = problem()
     targets[:] = IGNORE

@@ -169,6 +169,17 @@ def test_what_is_no_answer_is_refused_in_one_line(answer, message):
     assert message in str(refused.value) and "\n" not in str(refused.value) and url in str(refused.value)
 
 
+def test_adapters_and_odd_addresses_are_refused_before_anything_is_opened(tiny, tmp_path, capsys):
+    for changes, message in (
+        ({"lora.r": "4"}, "sample.engine vllm needs lora.r 0"),
+        ({"sample.url": "localhost:8000"}, "must be an address that begins with http:// or https://"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments(tiny, tmp_path / "run", **{"sample.engine": "vllm"} | changes))
+        assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_round_by_vllm(tiny, tmp_path, capsys):
     """The server computes with the model that it says it serves, so engine and trainer agree."""
     run, loaded = tmp_path / "run", {}

@@ -86,6 +86,16 @@ def test_mean_agreement_is_one_less_disagreements():
     assert abs((tau.mean() + 1) / 2 - agree) < 1e-12
 
 
+def test_every_pair_its_own_upstream_in_margin_and_agreement():
+    """dloss/dagreement = -log sigmoid(m) + log sigmoid(-m) = -m."""
+    m, upstream = margins(torch.float64), torch.linspace(-2, 3, 165, dtype=torch.float64)
+    c = torch.linspace(0, 1, 165, dtype=torch.float64)
+    leaves = m.clone().requires_grad_(), c.clone().requires_grad_()
+    dmargin, dagreement = torch.autograd.grad(weighted_dpo(*leaves), leaves, upstream)
+    torch.testing.assert_close(dmargin, upstream * (m.sigmoid() - c), rtol=0, atol=1e-14)
+    torch.testing.assert_close(dagreement, -upstream * m)
+
+
 def test_half_precision_margins_are_widened():
     m = margins().bfloat16()
     assert weighted_dpo(m, 0.3).dtype == torch.float32

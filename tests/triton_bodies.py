@@ -168,6 +168,14 @@ def test_ignored_rows_are_left_out_of_the_product(monkeypatch, which):
     assert (logp[rows] == 0).all() and torch.equal(logp[left], clean[left])
 
 
+def test_more_row_blocks_than_a_group_has(monkeypatch):
+    """19 blocks of 16 rows, of which a group takes 16."""
+    monkeypatch.setattr(tiles, "linear_logp", lambda *given: SMALL)
+    hidden, weight, targets = problem(300, 70, 16)
+    truth = reference.linear_logp(hidden.double(), weight.double(), targets)
+    torch.testing.assert_close(linear_logp(hidden, weight, targets).double(), truth, rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows():
     hidden, weight, targets = problem(0, 20, 16)
     assert linear_logp(hidden, weight, targets).shape == (0,)
@@ -274,6 +282,20 @@ def test_gradients_with_every_setting(dtype, frozen):
     compare(hidden, weight, targets, bias=bias, frozen=frozen, temperature=0.7, scale=2.0, softcap=5.0)
 
 
+def test_softcap_far_above_the_logits():
+    """tanh near 0, where (1 - t) / (1 + t) has lost its digits."""
+    compare(*problem(20, 70, 16), softcap=1000.0)
+
+
+def test_dweight_is_summed_in_float32():
+    """Two chunks of 16 rows that push by 3841 and -3840: no half precision has the first."""
+    hidden, weight = torch.ones(32, 1, device=DEVICE, dtype=HALF), torch.zeros(2, 1, device=DEVICE, dtype=HALF)
+    targets = torch.zeros(32, dtype=torch.int64, device=DEVICE)
+    grad = torch.tensor([512.0] * 15 + [2.0] + [-512.0] * 15 + [0.0], device=DEVICE)
+    *_, dweight = run(linear_logp, hidden, weight, targets, grad)
+    torch.testing.assert_close(dweight.float().cpu(), torch.tensor([[1.0], [-1.0]]), rtol=0, atol=0.01)
+
+
 def test_strides():
     hidden, weight, targets = problem(40, 120, 48)
     columns = weight[:, 1::3].T.contiguous()
@@ -356,6 +378,17 @@ def test_weighted_dpo(agreement):
         assert ((ours[1] - truth[1]) / truth[1])[truth[1].abs() > 1e-30].abs().max() < 1e-6
 
 
+def test_one_agreement_for_all_pairs():
+    margin, one = torch.linspace(-4, 4, 40, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    assert torch.equal(weighted_dpo(margin, one), weighted_dpo(margin, one.repeat(40)))
+    hidden, weight, targets, cu_seqlens, near, _ = pair_problem(V=20)
+    weight.requires_grad_()
+    ours, same = (
+        linear_weighted_dpo(hidden, weight, targets, cu_seqlens, near, c, beta=0.7)[0] for c in (one, one.repeat(5))
+    )
+    assert torch.equal(ours, same)
+
+
 LENGTHS = [3, 4, 1, 9, 0, 6, 30, 25, 2, 2]  # of 10 sequences, one of them empty: 5 pairs
 UPSTREAM = {"mean": torch.full((5,), 0.2), "per pair": torch.tensor([0.5, -2.0, 1.0, 0.0, 3.0])}
 
@@ -393,6 +426,17 @@ def test_linear_weighted_dpo(dtype, upstream, chunk_tokens, frozen):
     plain[0] = plain[0].to(ours[0].dtype)
     # the loss rests on differences of sums of log-probs, and the gradients on the loss
     assert_no_worse(ours, plain, truth, floor=torch.finfo(torch.float32).eps * truth[1].abs().max().item())
+
+
+def test_dweight_of_pairs_is_summed_in_float32():
+    """Three chunks that push by 2048, 1 and -2048: no half precision has 2049."""
+    hidden, weight = torch.ones(3, 1, device=DEVICE, dtype=HALF), torch.zeros(2, 1, device=DEVICE, dtype=HALF)
+    cu_seqlens = torch.tensor([0, 1, 1, 2, 2, 3, 3])  # every rejected sequence is empty
+    reference_logp = torch.tensor([-math.log(2), 0.0] * 3, device=DEVICE)
+    agreement = 0.5 - torch.tensor([4096.0, 2.0, -4096.0], device=DEVICE) / 0.7
+    given = hidden, weight, torch.zeros(3, dtype=torch.int64, device=DEVICE), cu_seqlens, reference_logp, agreement
+    *_, dweight = run_pairs(linear_weighted_dpo, *given, upstream=torch.ones(3), chunk_tokens=1)
+    torch.testing.assert_close(dweight.float().cpu(), torch.tensor([[1.0], [-1.0]]), rtol=0, atol=0.01)
 
 
 def test_linear_weighted_dpo_of_ignored_and_nan_rows():

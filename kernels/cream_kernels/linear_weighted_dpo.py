@@ -22,8 +22,8 @@ from .linear_logp_torch import (
     Products,
     Squash,
     Statistics,
+    coefficients_,
     fold_tile_,
-    gradient_product,
     rows_that_count,
     scatter_rows,
     share_of_others,
@@ -183,7 +183,7 @@ def _forward(
     products, wide_hidden = Products.of(hidden, weight, None, _PLAIN), hidden.to(dtype)
     logits = wide_hidden.new_empty(longest * weight.shape[0])
     dhidden = torch.empty_like(wide_hidden) if need_hidden else None
-    dweight = wide_hidden.new_zeros(weight.shape)
+    dweight = wide_hidden.new_empty(weight.shape) if chunks else wide_hidden.new_zeros(weight.shape)
     loss, logp = wide_hidden.new_empty(len(bounds) // 2), wide_hidden.new_empty(len(bounds) - 1)
     row_values = tuple(wide_hidden.new_empty(hidden.shape[0]) for _ in range(4))
     for first_pair, end_pair, rows in chunks:
@@ -213,17 +213,23 @@ def _forward(
         for stored, value in zip(row_values, (row_grad, row_logp, statistics.maximum, statistics.others), strict=True):
             stored[rows] = value
 
-        # Down: each tile becomes dloss/dlogits in place and is multiplied out.
+        # Down: each tile becomes dloss/dlogits and is multiplied out; the first chunk writes dweight, the others add.
         at_target = (-row_grad * torch.expm1(row_logp))[:, None]
         if dhidden is not None:
             dhidden[rows] = at_target * target_weights(weight, targets[rows])
-        dweight.index_add_(0, targets[rows].clamp(0, weight.shape[0] - 1), at_target * wide_hidden[rows])
         for first, tile, highest in held:
-            tile.mul_((-row_grad * share * (highest - statistics.maximum).exp_())[:, None])
-            columns = slice(first, first + num_columns)
+            columns = slice(first, first + tile.shape[1])
+            scale = -row_grad * share * (highest - statistics.maximum).exp_()
+            coefficients = coefficients_(tile, scale, weight.dtype)
             if dhidden is not None:
-                dhidden[rows] += gradient_product(tile, weight[columns])
-            dweight[columns] += gradient_product(tile.T, hidden[rows])
+                dhidden[rows] += torch.mm(coefficients, weight[columns])
+            if first_pair > 0:
+                dweight[columns] += torch.mm(coefficients.T, hidden[rows])
+            elif weight.dtype == dtype:
+                torch.mm(coefficients.T, hidden[rows], out=dweight[columns])
+            else:
+                dweight[columns] = torch.mm(coefficients.T, hidden[rows])
+        dweight.index_add_(0, targets[rows].clamp(0, weight.shape[0] - 1), at_target * wide_hidden[rows])
     return loss, logp, dhidden, dweight, row_values
 
 
@@ -305,15 +311,19 @@ def _(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chun
     )
 
 
+def _scaled(gradient: Tensor, by: Tensor) -> Tensor:
+    """gradient * by, rounded once. `by` has a dimension: without one it would be rounded to bfloat16 first."""
+    return torch.mul(gradient, by, out=torch.empty_like(gradient))
+
+
 def _scale(grad, hidden, weight, targets, cu_seqlens, dhidden, dweight, *row_values):
     """The gradients for another upstream than 1."""
     of_row = grad[_sequence_of_row(cu_seqlens, hidden) // 2]
     of_row = of_row.masked_fill(targets == IGNORE, 0.0)
-    dhidden = (of_row[:, None] * dhidden).to(dhidden.dtype) if dhidden.dim() == 2 else dhidden.clone()
+    dhidden = _scaled(dhidden, of_row[:, None]) if dhidden.dim() == 2 else dhidden.clone()
     expanded = grad.shape[0] < 2 or grad.stride(0) == 0
     if expanded or bool((grad == grad[0]).all()):
-        scale = grad[:1].sum().reshape(1)  # (1,) and not (), which would be rounded to bfloat16 before multiplying
-        return dhidden, (scale * dweight).to(dweight.dtype)
+        return dhidden, _scaled(dweight, grad[:1].sum().reshape(1))
     row_grad, *statistics = row_values
     needs = False, True, False
     _, dweight, _ = _linear_logp_backward(
