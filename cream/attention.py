@@ -17,7 +17,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -271,7 +271,8 @@ def register(backend: Backend) -> str:
         attention_mask,
         scaling: float | None = None,
         segments: Segments | None = None,
-        kv: KeyValues | None = None,
+        kv=None,  # cream.cache.KeyValues: one new token a row, over what it holds
+        kept: dict | None = None,  # layer -> keys (T, K, E), values (T, K, E) of the packed tokens, filled in here
         **kwargs,
     ) -> tuple[Tensor, None]:  # (S, T, H, E)
         for option in ("sliding_window", "softcap", "s_aux"):
@@ -288,65 +289,9 @@ def register(backend: Backend) -> str:
         S, _, T, _ = query.shape
         segments = segments or side_by_side(S, T, query.device)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        if kept is not None:
+            kept[module.layer_idx] = k, v
         return backend.run(q, k, v, segments, scaling).unflatten(0, (S, T)), None
 
     AttentionInterface.register(backend.transformers_name, attend)
     return backend.transformers_name
-
-
-@dataclass
-class KeyValues:
-    """A preallocated key-value cache of S left-padded sequences, written in place, one column a token.
-
-    Query heads that share a kv head become rows of one product, so keys and values are never repeated or copied.
-    """
-
-    first: Tensor  # (S,) int64: the first column that holds a token of sequence s
-    capacity: int  # columns
-    length: int = 0  # columns in use
-    keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> (S, K, capacity, E)
-    values: dict[int, Tensor] = field(default_factory=dict)
-    _mask: Tensor | None = None  # of the forward in hand; every layer uses the same
-
-    def begin(self, columns: int) -> None:
-        """Reserve the next `columns` columns for the forward that follows."""
-        self.length += columns
-        if self.length > self.capacity:
-            raise ValueError(f"cache of {self.capacity} columns cannot hold {self.length}")
-        column = torch.arange(self.length, device=self.first.device)
-        visible = (column >= self.first[:, None])[:, None, None]  # (S, 1, 1, U)
-        if columns > 1:
-            query = torch.arange(self.length - columns, self.length, device=self.first.device)
-            # A padding query sees itself: a row without any key would be NaN, and NaN * 0 would spread.
-            visible = (visible & (column <= query[:, None])) | (column == query[:, None])
-        self._mask = None if columns == 1 and not bool(self.first.any()) else visible
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        S, H, T, E = query.shape
-        K = key.shape[1]
-        if layer not in self.keys:
-            self.keys[layer] = key.new_zeros(S, K, self.capacity, E)
-            self.values[layer] = value.new_zeros(S, K, self.capacity, E)
-        self.keys[layer][:, :, self.length - T : self.length] = key
-        self.values[layer][:, :, self.length - T : self.length] = value
-        key, value = self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
-        if self._mask is not None and self._mask.shape[2] == T:
-            self._mask = self._mask.repeat(1, 1, H // K, 1)
-        out = F.scaled_dot_product_attention(
-            query.reshape(S, K, H // K * T, E), key, value, attn_mask=self._mask, scale=scale
-        )
-        return out.view(S, H, T, E).transpose(1, 2)
-
-    def select(self, rows: Tensor, columns: int) -> KeyValues:
-        """The cache of those rows (repeats allowed) with room for `columns` columns; this one is emptied on the way.
-
-        Layer by layer, so that what is held at the peak is one cache and a layer, not two caches.
-        """
-        picked = KeyValues(self.first[rows], columns, self.length)
-        for mine, theirs in ((self.keys, picked.keys), (self.values, picked.values)):
-            for layer in sorted(mine):
-                x = mine.pop(layer)
-                new = x.new_zeros(len(rows), x.shape[1], columns, x.shape[3])
-                new[:, :, : self.length] = x[rows, :, : self.length]
-                theirs[layer] = new
-        return picked

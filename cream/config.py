@@ -39,6 +39,9 @@ class Allowed(NamedTuple):
 
 ANY_TEXT = Allowed("text (in quotes if it looks like a number)", lambda value: True)
 TEXT = Allowed("text that is not empty", lambda value: bool(value.strip()))
+URL = Allowed(
+    "an address that begins with http:// or https://", lambda value: re.match(r"https?://.", value) is not None
+)
 LAYERS = Allowed(f"a list of some of {', '.join(LINEAR)}", lambda value: bool(value) and set(value) <= set(LINEAR))
 TEXTS = Allowed("a list of texts, none of them empty", lambda value: all(item.strip() for item in value))
 FLAG = Allowed("true or false", lambda value: True)
@@ -161,7 +164,14 @@ class SampleConfig:
     temperature: float = _field(0.8, POSITIVE, "divides the logits before the softmax")
     top_p: float = _field(0.95, FRACTION_ABOVE_ZERO, "probability of the nucleus that is drawn from; 1 draws from all")
     max_new_tokens: int = _field(768, COUNT, "tokens after which a response is cut")
-    batch_size: int = _field(32, COUNT, "prompts decoded at once; also the unit that a resumed run repeats")
+    batch_size: int = _field(
+        32, COUNT, "prompts decoded at once; where an answer ends, the next in the chunk takes its place"
+    )
+    chunk_size: int = _field(256, COUNT, "prompts in the unit that a resumed run repeats")
+    engine: Literal["own", "vllm"] = _field(
+        "own", CHOICE, "what decodes: own, in this process; vllm, a server at sample.url that serves this round's model"
+    )
+    url: str = _field("http://127.0.0.1:8000", URL, "address of the vLLM server")
 
 
 @dataclass
@@ -329,6 +339,8 @@ def validate(config: Config) -> None:
             "score.reward dpo needs sft.enabled, or an M1 in sft.path: otherwise M1 is M0, and every reward of round 1 "
             "is 0; or use score.reward likelihood"
         )
+    if config.sample.engine == "vllm" and config.lora.r:
+        raise UserError("sample.engine vllm needs lora.r 0: the server is asked for whole models, not for adapters")
     if not config.sft.enabled and config.score.first_round == "sft_half":
         raise UserError("score.first_round sft_half needs sft.enabled: there is no checkpoint halfway through SFT")
 

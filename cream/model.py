@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from cream import attention
+from cream.cache import KeyValues
 from cream.config import ModelConfig
 from cream.data import check_tokenizer
 from cream.log import UserError, progress
@@ -236,12 +237,13 @@ def hidden_states(
     positions: Tensor | None = None,  # (S, T) int64, default 0, 1, 2, ...
     *,
     segments: attention.Segments | None = None,  # of a packed row: which token sees which
-    kv: attention.KeyValues | None = None,  # the cache of the columns before, which grows by T
+    kv: KeyValues | None = None,  # what stands before each of S single tokens, told of them by `begin`
+    kept: dict | None = None,  # gets the keys and values of the packed tokens: layer -> (T, K, E), (T, K, E)
 ) -> Tensor:  # (S, T, D)
     """The last hidden states, after the final norm. Without segments or cache, attention is causal from column 0."""
-    if kv is not None:
-        kv.begin(ids.shape[1])
-    output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, segments=segments, kv=kv)
+    output = model.base_model(
+        input_ids=ids, position_ids=positions, use_cache=False, segments=segments, kv=kv, kept=kept
+    )
     return output.last_hidden_state
 
 

@@ -1,6 +1,7 @@
 """Sampling: R answers to each prompt from the policy, token by token, each from a random stream of its own.
 
-P prompts, R responses a prompt, S = P * R sequences (prompt-major), T tokens, D hidden size, V vocabulary.
+P prompts, R responses a prompt, S = P * R sequences (prompt-major), A of them decoded at once, D hidden size, V
+vocabulary; T tokens of a prompt, K kv heads, E head size.
 
 The token that response (prompt, index) draws at step n depends on the seed, the iteration, the prompt's id, the index
 and n, on nothing else: not on the order of prompts, on the batch that they are in or on a restart. (Logits themselves
@@ -13,27 +14,32 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cream.attention import KeyValues
+from cream import vllm
+from cream.attention import Segments, upload
+from cream.cache import KeyValues
 from cream.config import SampleConfig
 from cream.data import Example, encode_prompt
 from cream.log import UserError, progress
 from cream.model import context_length, head, hidden_states, stop_ids
 from cream.run import Work
-from cream_kernels import top_p_sample
+from cream_kernels import gather_logp, linear_logp_native, top_p_sample
 
-GROWTH = 64  # cache columns added at a time
-TIDY = 8  # steps between looks at whether a quarter of the sequences is finished and may leave the batch
+SPARE = 16  # prompts are computed when one slot of so many is free: a few together, and few slots idle meanwhile
+RECORDED = 16  # of so many responses, one has its log-probs kept: a pass over its logits, 3% of a step if all had it
 
 
 @dataclass(frozen=True)
 class Response:
     ids: list[int]  # the sampled tokens, the end-of-text token included where there is one
     finish: str  # "stop": ended by itself; "length": cut off
+    logp: list[float] | None = None  # nats a token before temperature and top-p, where the engine said them
 
 
 def stream(seed: int, iteration: int, prompt_id: str, index: int, count: int) -> np.ndarray:
@@ -43,15 +49,49 @@ def stream(seed: int, iteration: int, prompt_id: str, index: int, count: int) ->
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
-def left_pad(prompts: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (P, T), positions (P, T) and the first column of each prompt (P,), all int64, prompts flush right."""
-    width = max(map(len, prompts))
-    first = torch.tensor([width - len(p) for p in prompts])
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[width - len(prompt) :] = torch.tensor(prompt)
-    positions = (torch.arange(width) - first[:, None]).clamp(min=0)
-    return ids.to(device), positions.to(device), first.to(device)
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt that was computed."""
+
+    hidden: Tensor  # (1, D) at its last token
+    kept: dict[int, tuple[Tensor, Tensor]]  # layer -> keys (T, K, E), values (T, K, E)
+
+
+def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Prefilled]:
+    """Compute prompts side by side, without padding."""
+    device = head(model).device
+    lengths = [len(prompt) for prompt in prompts]
+    segments = Segments.of(lengths, range(len(prompts)), [0] * len(prompts), device)
+    ids, positions = upload(device, *([t for row in rows for t in row] for rows in (prompts, map(range, lengths))))
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    hidden = hidden_states(model, ids[None], positions[None], segments=segments, kept=kept)[0]
+    ends = np.cumsum(lengths).tolist()
+    return [
+        Prefilled(
+            hidden[end - 1 : end], {layer: (k[end - n : end], v[end - n : end]) for layer, (k, v) in kept.items()}
+        )
+        for n, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def logits_of(
+    hidden: Tensor,  # (A, D)
+    weight: Tensor,  # (V, D)
+) -> Tensor:  # (A, V) float32 or the weight's dtype
+    """hidden @ weight.T, of bfloat16 in float32 where that costs no more, as scoring has it."""
+    if linear_logp_native.why_not(hidden, weight) is not None:
+        return hidden @ weight.T
+    logits = torch.empty(len(hidden), len(weight))
+    linear_logp_native.logits_tile(hidden, weight, logits)
+    return logits
+
+
+def limits(prompts: Sequence[Sequence[int]], context: int, most: int) -> list[int]:
+    """How many tokens an answer to each prompt may have. Raises UserError for a prompt that fills the context."""
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room for an answer in a context of {context}")
+    return [min(most, context - len(prompt)) for prompt in prompts]
 
 
 @torch.no_grad()
@@ -65,63 +105,88 @@ def generate(
     stop: Sequence[int],  # token ids that end an answer
     temperature: float = 1.0,
     top_p: float = 1.0,
+    slots: int | None = None,  # sequences decoded at once, default all
+    record: bool = False,  # whether every RECORDED-th response tells its log-probs
     tick: Callable[[int], None] = lambda finished: None,  # told how many sequences have just ended
 ) -> list[Response]:  # S, prompt-major
-    """R continuations of each prompt; the prompt is computed once and its keys and values are handed to its responses.
+    """R continuations of each prompt, in order as slots become free: a finished answer leaves the batch at once and its
+    slot goes to the next. A prompt is computed once for all its responses.
 
     Raises UserError for a prompt that fills the model's context.
     """
-    context = context_length(model)
-    for prompt in prompts:
-        if not 0 < len(prompt) < context:
-            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room for an answer in a context of {context}")
-    weight = head(model)
-    device = weight.device
-    ids, positions, first = left_pad(prompts, device)
-    kv = KeyValues(first, ids.shape[1])
-    hidden = hidden_states(model, ids, positions, kv=kv)[:, -1]  # (P, D)
+    weight, R, S = head(model), responses, len(prompts) * responses
+    limit = limits(prompts, context_length(model), max_new_tokens)
+    slots = min(slots or S, S)
+    cache = KeyValues(slots, max(len(p) + n for p, n in zip(prompts, limit, strict=True)), weight.device)
+    stops = set(stop)
+    answers: list[list[int]] = [[] for _ in range(S)]
+    logp: dict[int, list[float]] = {s: [] for s in range(0, S, RECORDED)} if record else {}
+    live: list[int] = []  # the sequences in the batch, row by row
+    slot_of: dict[int, int] = {}
+    free = list(range(slots))
+    ready: dict[int, Prefilled] = {}
+    computed = admitted = 0  # prompts, sequences
+    hidden = weight.new_empty(0, weight.shape[1])  # (A, D)
 
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(responses)
-    S = len(rows)
-    hidden, kv = hidden[rows], kv.select(rows, kv.length + min(GROWTH, max_new_tokens))
-    limit = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)[rows]
-    position = positions[rows, -1]
-    live = torch.arange(S, device=device)  # the sequences that the batch holds; `done` ones wait for the next tidy-up
-    done = torch.zeros(S, dtype=torch.bool, device=device)
-    stop_tokens = torch.tensor(list(stop), device=device)
-    tokens = torch.zeros(S, max_new_tokens, dtype=torch.int64, device=device)
-    counts = torch.zeros(S, dtype=torch.int64, device=device)
-    ended = 0  # of those in the batch
-    draws = torch.zeros(S, max_new_tokens, dtype=torch.float64) if uniform is None else torch.from_numpy(uniform)
-    draws = draws.to(device)
+    while live or admitted < S:
+        if free and computed < len(prompts) and (not live or SPARE * len(free) >= slots):
+            wanted = range(computed, min(len(prompts), -(-(admitted + len(free)) // R)))
+            if wanted:
+                ready |= zip(wanted, prefill(model, [prompts[p] for p in wanted]), strict=True)
+                computed = wanted.stop
+        new = range(admitted, min(admitted + len(free), computed * R))
+        for p, members in groupby(new, lambda s: s // R):
+            members = list(members)
+            slot_of |= {s: free.pop(0) for s in members}
+            cache.fill([slot_of[s] for s in members], ready[p].kept)
+            hidden = torch.cat([hidden, ready[p].hidden.expand(len(members), -1)])
+            if members[-1] == p * R + R - 1:
+                del ready[p]
+        live += new
+        admitted = new.stop
 
-    for step in range(max_new_tokens):
+        logits = logits_of(hidden, weight)
+        step = [len(answers[s]) for s in live]
+        draws = np.zeros(len(live)) if uniform is None else uniform[live, step]
         token = top_p_sample(
-            hidden @ weight.T, draws[live, step], temperature=0.0 if uniform is None else temperature, top_p=top_p
+            logits,
+            torch.from_numpy(draws).to(weight.device),
+            temperature=0.0 if uniform is None else temperature,
+            top_p=top_p,
         )
-        tokens[live, step] = token
-        counts[live] += ~done
-        done = done | torch.isin(token, stop_tokens) | (limit[live] <= step + 1)
-        ended, before = int(done.sum()), ended
-        tick(ended - before)
-        if ended == len(done):
-            break
-        full = kv.length == kv.capacity
-        if full or (step % TIDY == TIDY - 1 and 4 * ended >= len(done)):
-            keep, ended = (~done).nonzero().flatten(), 0
-            kv = kv.select(keep, kv.length + GROWTH if full else kv.capacity)
-            live, token, position, done = live[keep], token[keep], position[keep], done[keep]
-        if step + 1 < max_new_tokens:
-            position = (position + 1).clamp(max=context - 1)  # finished rows idle at the last position
-            hidden = hidden_states(model, token[:, None], position[:, None], kv=kv)[:, -1]
+        if told := [row for row, s in enumerate(live) if s in logp]:
+            [at] = upload(weight.device, told)
+            for row, value in zip(told, gather_logp(logits[at], token[at]).tolist(), strict=True):
+                logp[live[row]].append(value)
+        going = []
+        for row, (s, drawn) in enumerate(zip(live, token.tolist(), strict=True)):
+            answers[s].append(drawn)
+            if drawn in stops or len(answers[s]) == limit[s // R]:
+                free.append(slot_of.pop(s))
+            else:
+                going.append(row)
+        tick(len(live) - len(going))
+        live = [live[row] for row in going]
+        if not live:
+            hidden = hidden[:0]
+            continue
+        if admitted == S and cache.idles and 4 * len(free) >= cache.slots:
+            cache.shrink([slot_of[s] for s in live])
+            slot_of, free = {s: row for row, s in enumerate(live)}, []
+        length = [len(prompts[s // R]) + len(answers[s]) for s in live]
+        first: dict[int, int] = {}  # prompt -> the slot that its columns are read from
+        source = [first.setdefault(s // R, slot_of[s]) for s in live]
+        cache.begin([slot_of[s] for s in live], source, [len(prompts[s // R]) for s in live], length)
+        rows, position = upload(weight.device, going, [n - 1 for n in length])
+        hidden = hidden_states(model, token[rows][:, None], position[:, None], kv=cache)[:, 0]
 
-    counts, tokens, stops = counts.tolist(), tokens.tolist(), set(stop)
-    answers = (row[:n] for row, n in zip(tokens, counts, strict=True))
-    return [Response(answer, "stop" if answer[-1] in stops else "length") for answer in answers]
+    return [
+        Response(answer, "stop" if answer[-1] in stops else "length", logp.get(s)) for s, answer in enumerate(answers)
+    ]
 
 
 def sample(
-    model: nn.Module,
+    model: nn.Module,  # the policy; with engine vllm its configuration is looked at, not its weights
     tokenizer,
     examples: Sequence[Example],
     config: SampleConfig,
@@ -129,35 +194,52 @@ def sample(
     *,
     seed: int,
     iteration: int,
+    checkpoint: Path | None = None,  # what a server must serve, with engine vllm
 ) -> list[dict]:  # rows of responses.jsonl, one a response, prompts in the order given
     """Draw `config.responses` answers to each example.
 
-    The unit of resume is a batch of `config.batch_size` prompts of like length.
+    The unit of resume is a chunk of `config.chunk_size` prompts of like length, decoded `config.batch_size` at once.
     """
     prompts = [encode_prompt(tokenizer, e.messages) for e in examples]
     stop = stop_ids(model, tokenizer)
     order = sorted(range(len(examples)), key=lambda i: (len(prompts[i]), examples[i].id))
-    units = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    R = config.responses
+    units = [order[i : i + config.chunk_size] for i in range(0, len(order), config.chunk_size)]
+    R, most = config.responses, config.max_new_tokens
     drawn, started = 0, time.perf_counter()
     todo = list(work.parts("responses", len(units)))
+    served = vllm.check(config.url, checkpoint) if todo and config.engine == "vllm" else None
     done = R * (len(examples) - sum(len(units[unit]) for unit in todo))
     with progress(len(examples) * R, f"iter{iteration}/sample", "responses", done=done) as bar:
         for unit in todo:
             members = units[unit]
-            n = config.max_new_tokens
-            uniform = np.stack([stream(seed, iteration, examples[i].id, r, n) for i in members for r in range(R)])
-            answers = generate(
-                model,
-                [prompts[i] for i in members],
-                uniform,
-                responses=R,
-                max_new_tokens=config.max_new_tokens,
-                stop=stop,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                tick=bar.update,
-            )
+            asked = [prompts[i] for i in members]
+            names = [(seed, iteration, examples[i].id, r) for i in members for r in range(R)]
+            if served is not None:
+                found = vllm.complete(
+                    config.url,
+                    served,
+                    asked,
+                    [vllm.seed_of(*name) for name in names],
+                    config,
+                    limits=limits(asked, context_length(model), most),
+                    stop=stop,
+                    tick=bar.update,
+                )
+                answers = [Response(*answer) for answer in found]
+            else:
+                answers = generate(
+                    model,
+                    asked,
+                    np.stack([stream(*name, most) for name in names]),
+                    responses=R,
+                    max_new_tokens=most,
+                    stop=stop,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    slots=config.batch_size * R,
+                    record=True,
+                    tick=bar.update,
+                )
             drawn += sum(len(a.ids) for a in answers)
             rows = [
                 {
@@ -168,6 +250,7 @@ def sample(
                     "ids": answers[n * R + r].ids,
                     "text": tokenizer.decode(answers[n * R + r].ids, skip_special_tokens=True),
                     "finish": answers[n * R + r].finish,
+                    "engine_logp": answers[n * R + r].logp,
                 }
                 for n, i in enumerate(members)
                 for r in range(R)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cream.config import ScoreConfig
-from cream.log import UserError, progress
+from cream.log import UserError, progress, say
 from cream.meter import forward_flops, memory_gb, utilization
 from cream.model import Resident, context_length, head
 from cream.packing import Group, batches, group_tokens, pack, read
@@ -42,6 +42,8 @@ def score(
     batch_tokens: int,
     tick: Callable[[int], None] = lambda groups: None,  # told how many groups have just been scored
     done: Done | None = None,  # added to
+    tokens: dict[tuple[int, tuple[int, ...]], Tensor | None] | None = None,  # (group, response) -> (n,) nats a token,
+    # filled in for the keys that are there
 ) -> list[list[float]]:  # per group, R sums of log-probs, nats
     """log pi(response | prompt) of every response, each prompt computed once for all its responses.
 
@@ -55,6 +57,10 @@ def score(
         packed = pack([once[i] for i in batch], weight.device)
         logp = linear_logp(read(model, packed), weight, packed.targets)
         order += batch
+        if tokens:
+            keys = [(i, response) for i in batch for response in once[i][1]]
+            pieces = zip(keys, logp.split(packed.cu_seqlens.diff().tolist()), strict=True)
+            tokens |= {key: piece for key, piece in pieces if key in tokens}
         lengths = packed.cu_seqlens.diff().to(weight.device, non_blocking=True)
         # In float64: what ranks is a difference of such sums.
         sums.append(torch.segment_reduce(logp.double(), "sum", lengths=lengths, unsafe=True))
@@ -64,6 +70,14 @@ def score(
     values = iter(torch.cat(sums).tolist() if sums else [])  # the one wait
     found = {i: {response: next(values) for response in once[i][1]} for i in order}
     return [[found[i][tuple(response)] for response in responses] for i, (_, responses) in enumerate(groups)]
+
+
+def engine_gap(
+    told: dict[tuple[int, tuple[int, ...]], list[float]],  # (group, response) -> nats a token, by the engine that drew
+    scored: dict[tuple[int, tuple[int, ...]], Tensor | None],  # the same keys -> (n,) nats a token, by the trainer
+) -> list[float]:  # summed and largest absolute difference, nats; tokens compared
+    gaps = [np.abs(np.array(told[key]) - scored[key].double().cpu().numpy()) for key in told]
+    return [float(sum(g.sum() for g in gaps)), float(max((g.max() for g in gaps), default=0)), sum(map(len, gaps))]
 
 
 def once_each(responses: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -126,7 +140,8 @@ def score_all(
     by_prompt: dict[str, list[dict]] = {}
     for row in responses:
         by_prompt.setdefault(row["prompt_id"], []).append(row)
-    groups = [(rows[0]["prompt_ids"], [r["ids"] for r in rows]) for rows in by_prompt.values()]
+    ordered = list(by_prompt.values())
+    groups = [(rows[0]["prompt_ids"], [r["ids"] for r in rows]) for rows in ordered]
     limit = min(config.max_length, context_length(resident.model))
     for prompt_id, (prompt, answers) in zip(by_prompt, groups, strict=True):
         if len(prompt) + max(map(len, answers)) > limit:
@@ -147,9 +162,19 @@ def score_all(
                 model = resident.at(checkpoints[name])
                 start = time.perf_counter()
                 chunk = [groups[i] for i in units[unit]]
-                found = score(model, chunk, config.batch_tokens, tick=bar.update, done=done)
+                told = {}
+                if name == distinct["policy"]:
+                    told = {
+                        (n, tuple(row["ids"])): row["engine_logp"]
+                        for n, i in enumerate(units[unit])
+                        for row in ordered[i]
+                        if row.get("engine_logp")
+                    }
+                tokens = dict.fromkeys(told)
+                found = score(model, chunk, config.batch_tokens, tick=bar.update, done=done, tokens=tokens)
                 forwards = [len(once_each(answers)) for _, answers in chunk]
                 rows = [{"logp": values, "forwards": n} for values, n in zip(found, forwards, strict=True)]
+                rows[0]["gap"] = engine_gap(told, tokens)
                 work.put(name, unit, rows)
                 seconds += time.perf_counter() - start
     work.facts(
@@ -164,18 +189,27 @@ def score_all(
         / len(groups),
     )
 
+    gaps = [work.get(distinct["policy"], unit)[0]["gap"] for unit in range(len(units))]
+    if compared := sum(count for *_, count in gaps):
+        mean, most = sum(gap[0] for gap in gaps) / compared, max(gap[1] for gap in gaps)
+        work.facts(engine_gap_mean=mean, engine_gap_max=most, engine_gap_tokens=compared)
+        say(
+            f"iter{iteration}: log-probs of engine and trainer differ by {mean:.2g} nats a token in the mean, "
+            f"{most:.2g} at most ({compared} tokens compared)"
+        )
+
     def column(name: str) -> np.ndarray:
         rows = (row for unit in range(len(units)) for row in work.get(distinct[name], unit))
         return np.array([value for row in rows for value in row["logp"]], dtype=np.float64)
 
     policy, previous, reference = column("policy"), column("previous"), column("reference")
-    ordered = [row for rows in by_prompt.values() for row in rows]
-    num_tokens = np.array([len(row["ids"]) for row in ordered])
+    rows = [row for of in ordered for row in of]
+    num_tokens = np.array([len(row["ids"]) for row in rows])
     past = previous_rewards(previous, reference, num_tokens, config, first=iteration == 1)
     return pyarrow.table(
         {
-            "prompt_id": [row["prompt_id"] for row in ordered],
-            "index": [row["index"] for row in ordered],
+            "prompt_id": [row["prompt_id"] for row in rows],
+            "index": [row["index"] for row in rows],
             "num_tokens": num_tokens,
             "logp_policy": policy,
             "logp_previous": previous,
@@ -183,6 +217,6 @@ def score_all(
             "reward": rewards(
                 policy, reference, num_tokens, kind=config.reward, length_normalize=config.length_normalize
             ),
-            "previous_reward": np.full(len(ordered), np.nan) if past is None else past,
+            "previous_reward": np.full(len(rows), np.nan) if past is None else past,
         }
     )

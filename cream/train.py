@@ -269,12 +269,14 @@ class Job:
         config, seed, output = self.config.sample, self.config.run.seed, f"iter{t}/responses.jsonl"
 
         def body(work: Work) -> None:
-            model = self.resident.at(policy)
-            rows = sample(model, self.tokenizer, read_examples(prompts), config, work, seed=seed, iteration=t)
+            model = self.resident.at(policy) if config.engine == "own" else self.resident.model
+            examples = read_examples(prompts)
+            rows = sample(model, self.tokenizer, examples, config, work, seed=seed, iteration=t, checkpoint=policy)
             work.write_rows(output, rows)
 
-        inputs = {"policy": policy, "prompts": prompts}
-        return self.stage(f"iter{t}/sample", body, inputs, [output], {**self.numerics, **asdict(config)})[0]
+        inputs, settings = {"policy": policy, "prompts": prompts}, {**self.numerics, **asdict(config)}
+        del settings["url"]  # where the server is changes no answer
+        return self.stage(f"iter{t}/sample", body, inputs, [output], settings)[0]
 
     def score(self, t: int, policy: Path, previous: Path, reference: Path, responses: Path) -> Path:
         checkpoints = {"policy": policy, "previous": previous, "reference": reference}

@@ -226,47 +226,6 @@ def test_float32_takes_no_half_precision_kernel(monkeypatch):
     assert attention.choose("auto", torch.bfloat16).name == able[0].name
 
 
-@pytest.mark.parametrize("steps", [(5, 1, 1), (3, 4), (1, 1, 5), (7,)])
-def test_cache_is_attention_over_what_came_before(steps):
-    q, k, v = problem()
-    first = torch.tensor([0, 2, 1])
-    column = torch.arange(7)
-    visible = (column[None] <= column[:, None])[None] & (column >= first[:, None])[:, None]
-    real = column >= first[:, None]  # (S, T)
-    truth = plain(q, k, v, 0.3, visible | torch.eye(7, dtype=torch.bool))
-    kv, at = attention.KeyValues(first, 7), 0
-    for n in steps:
-        kv.begin(n)
-        part = slice(at, at + n)
-        out = kv.attend(0, q[:, :, part].float(), k[:, :, part].float(), v[:, :, part].float(), 0.3).double()
-        keep = real[:, part]
-        torch.testing.assert_close(out[keep], truth[:, part][keep], rtol=0, atol=1e-6)
-        assert torch.isfinite(out).all()
-        at += n
-
-
-def test_selected_rows_go_on_as_if_they_had_been_alone():
-    q, k, v = problem()
-
-    def last(rows):
-        kv = attention.KeyValues(torch.tensor([0, 2, 1]), 6)
-        kv.begin(6)
-        kv.attend(0, q[:, :, :6], k[:, :, :6], v[:, :, :6], 0.3)
-        picked = kv.select(rows, 7)
-        assert not kv.keys and not kv.values  # handed over, not held twice
-        picked.begin(1)
-        return picked.attend(0, *(x[rows, :, 6:] for x in (q, k, v)), 0.3)
-
-    rows = torch.tensor([2, 2, 0])
-    torch.testing.assert_close(last(rows), last(torch.arange(3))[rows])
-
-
-def test_a_full_cache_is_refused():
-    kv = attention.KeyValues(torch.zeros(1, dtype=torch.int64), 2)
-    with pytest.raises(ValueError, match="2 columns cannot hold 3"):
-        kv.begin(3)
-
-
 @pytest.mark.parametrize("option", ["sliding_window", "softcap"])
 def test_what_would_be_computed_wrongly_is_refused(loaded, option):
     ids = torch.zeros(1, 3, dtype=torch.int64)

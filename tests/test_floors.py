@@ -10,8 +10,8 @@ FLOORS = {
     3: {"train", "sft", "evaluate", "report", "doctor"},
     2: {"sample", "score", "consistency", "dpo"},
     1: {"model", "lora", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "adamw", "optim", "run"}
-    | {"plan", "summary", "plots"},
-    0: {"config", "recipes", "log", "attention", "__init__"},
+    | {"plan", "summary", "plots", "vllm"},
+    0: {"config", "recipes", "log", "attention", "cache", "__init__"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -59,7 +59,11 @@ def ledger(directory: Path) -> str:
 
 
 def test_ten_kills_change_nothing(tiny, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }
     helper = subprocess.Popen(
         [sys.executable, "-c", FORKS],
         stdin=subprocess.PIPE,

@@ -11,7 +11,8 @@ from cream.config import SampleConfig
 from cream.data import Example, encode_prompt
 from cream.log import UserError
 from cream.model import stop_ids
-from cream.sample import generate, sample, stream
+from cream.sample import RECORDED, generate, logits_of, sample, stream
+from cream_kernels import linear_logp_native
 
 
 def prompts_of(tokenizer, texts):
@@ -83,6 +84,56 @@ def test_responses_do_not_depend_on_order_or_company(loaded, tokenizer):
     assert len({tuple(v) for v in together.values()}) > 10
 
 
+@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("slots", [1, 3, 7, 16])
+def test_slots_are_refilled_and_change_nothing(loaded, tokenizer, monkeypatch, path, slots):
+    if path == "torch":
+        monkeypatch.setattr("cream_kernels.native.load", lambda: None)
+    prompts = prompts_of(tokenizer, ["a", "what is two and two?", "hello there", "b c", "one more prompt"])
+    uniform = np.stack([stream(7, 1, str(p), r, 30) for p in range(5) for r in range(3)])
+    stop = [*stop_ids(loaded, tokenizer), *range(20, 45)]  # many, so that answers end at many lengths
+    options = dict(responses=3, max_new_tokens=30, stop=stop, temperature=0.9, top_p=0.95)
+    alone = [
+        generate(loaded, [prompts[p]], uniform[3 * p + r : 3 * p + r + 1], **options | {"responses": 1})[0]
+        for p in range(5)
+        for r in range(3)
+    ]
+    fed, ended = [], []
+    watch = loaded.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    assert generate(loaded, prompts, uniform, slots=slots, tick=ended.append, **options) == alone
+    watch.remove()
+    assert len({len(answer.ids) for answer in alone}) > 5 and sum(ended) == 15
+    # every prompt and every drawn token that something follows is computed once, and never more rows than slots
+    drawn = sum(len(answer.ids) - 1 for answer in alone)
+    assert sum(rows * tokens for rows, tokens in fed) == sum(map(len, prompts)) + drawn
+    assert max(rows for rows, tokens in fed if tokens == 1) <= slots
+
+
+def test_recorded_log_probs_are_the_models(loaded, tokenizer):
+    prompts = prompts_of(tokenizer, [f"number {n}" for n in range(9)])
+    uniform = np.stack([stream(7, 1, str(p), r, 12) for p in range(9) for r in range(2)])
+    options = dict(responses=2, max_new_tokens=12, stop=stop_ids(loaded, tokenizer), temperature=0.7, top_p=0.9)
+    answers = generate(loaded, prompts, uniform, slots=5, record=True, **options)
+    assert [s for s, answer in enumerate(answers) if answer.logp is not None] == [0, RECORDED]
+    for s in (0, RECORDED):
+        prompt, answer = prompts[s // 2], answers[s]
+        with torch.no_grad():
+            logits = loaded(torch.tensor([prompt + answer.ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        np.testing.assert_allclose(answer.logp, wanted.numpy(), atol=1e-5)
+
+
+def test_logits_of_bfloat16_are_not_rounded_where_the_processor_can():
+    hidden, weight = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (7, 301))
+    truth = hidden.double() @ weight.double().T
+    logits, reason = logits_of(hidden, weight), linear_logp_native.why_not(hidden, weight)
+    assert logits.dtype == (torch.float32 if reason is None else torch.bfloat16)
+    assert (logits - truth).abs().max() < (1e-4 if reason is None else 0.2)
+    assert logits_of(hidden.float(), weight.float()).equal(hidden.float() @ weight.float().T)
+
+
 def test_first_tokens_follow_the_nucleus(loaded, tokenizer):
     [prompt] = prompts_of(tokenizer, ["chi square"])
     count, temperature, top_p = 4000, 0.7, 0.8
@@ -119,7 +170,7 @@ def test_context_is_a_limit_of_answers_and_a_mistake_of_prompts(loaded, tokenize
 
 def test_rows_hold_what_was_sampled_and_parts_are_not_drawn_again(loaded, tokenizer, work, monkeypatch):
     examples = examples_of(["bb", "a", "cccc", "ddd ddd"])
-    config = SampleConfig(responses=3, max_new_tokens=12, batch_size=2)
+    config = SampleConfig(responses=3, max_new_tokens=12, batch_size=1, chunk_size=2)
     rows = sample(loaded, tokenizer, examples, config, work, seed=0, iteration=1)
     assert [(r["prompt_id"], r["index"]) for r in rows] == [(e.id, i) for e in examples for i in range(3)]
     end = tokenizer.eos_token_id

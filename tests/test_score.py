@@ -7,7 +7,7 @@ import torch
 from cream.config import ModelConfig, ScoreConfig
 from cream.log import UserError
 from cream.model import Resident
-from cream.score import Done, previous_rewards, rewards, score, score_all
+from cream.score import Done, engine_gap, previous_rewards, rewards, score, score_all
 
 
 def truth(directory, prompt, response):
@@ -67,6 +67,45 @@ def test_no_token_is_computed_twice_and_no_padding(loaded):
     watch.remove()
     tokens = sum(len(p) + sum(len(r) - 1 for r in responses) for p, responses in groups)
     assert sum(fed) == done.tokens == tokens and len(fed) > 2
+
+
+def test_log_probs_a_token_of_what_is_asked_for(loaded):
+    groups = groups_of(6, 4)
+    asked = {(i, tuple(groups[i][1][0])): None for i in (0, 3)}
+    sums = score(loaded, groups, 40, tokens=asked)
+    for (i, response), logp in asked.items():
+        assert logp.shape == (len(response),)
+        np.testing.assert_allclose(float(logp.double().sum()), sums[i][0], atol=1e-9)
+    exact = {key: logp.tolist() for key, logp in asked.items()}
+    count = sum(map(len, exact.values()))
+    assert engine_gap(exact, asked) == [0.0, 0.0, count] and engine_gap({}, {}) == [0.0, 0.0, 0]
+    off = {key: [values[0] - 0.5, *values[1:]] for key, values in exact.items()}
+    np.testing.assert_allclose(engine_gap(off, asked), [1.0, 0.5, count], atol=1e-6)
+
+
+def test_engine_and_trainer_are_compared(loaded, tiny, work, capsys):
+    """What sampling told of some answers is set beside the policy's own scores, once, and survives a restart."""
+    resident = Resident(tiny, ModelConfig(path=str(tiny), dtype="float32"))
+    responses = []
+    for p, (prompt, answers) in enumerate(groups_of(7, 5)):
+        for r, ids in enumerate(answers):
+            told = None
+            if r == 0:
+                key = (0, tuple(ids))
+                tokens = {key: None}
+                score(loaded, [(prompt, [ids])], 1000, tokens=tokens)
+                told = (tokens[key] + 0.25).tolist()
+            responses.append({"prompt_id": f"p{p}", "index": r, "prompt_ids": prompt, "ids": ids, "engine_logp": told})
+    checkpoints = dict.fromkeys(("policy", "previous", "reference"), tiny)
+    config, count = ScoreConfig(chunk_size=2), sum(len(row["ids"]) for row in responses if row["index"] == 0)
+    for _ in range(2):
+        work._facts.clear()
+        score_all(resident, checkpoints, responses, config, work, iteration=2)
+        facts = work._facts
+        assert facts["engine_gap_tokens"] == count
+        assert abs(facts["engine_gap_mean"] - 0.25) < 1e-5 and abs(facts["engine_gap_max"] - 0.25) < 1e-4
+        said = capsys.readouterr().err
+        assert "iter2: log-probs of engine and trainer differ by 0.25 nats a token in the mean, 0.25 at most" in said
 
 
 def test_nothing_to_score_is_refused(loaded):

@@ -5,12 +5,14 @@
     weighted_dpo         the DPO loss weighted by consistency, from margins
     linear_weighted_dpo  the same from hidden states, with its gradients in one pass
     kendall_tau          rank correlation of two rewardings, one coefficient a prompt
+    decode_attention     one token a row over a cache whose rows have lengths of their own
     top_p_sample         one token a row of logits by temperature and top-p, from given uniform numbers
     IGNORE               the target of a row that counts for nothing
 
 reference.py says what each of them means. Needs torch; numba and triton are imported where they are used, if there.
 """
 
+from .decode_attention import decode_attention
 from .gather_logp import gather_logp
 from .kendall import kendall_tau
 from .linear_logp import linear_logp
@@ -21,6 +23,7 @@ from .weighted_dpo import weighted_dpo
 
 __all__ = [
     "IGNORE",
+    "decode_attention",
     "gather_logp",
     "kendall_tau",
     "linear_logp",

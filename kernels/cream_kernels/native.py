@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 2  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 3  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -58,6 +58,25 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_double,  # temperature
         ctypes.c_double,  # top_p
         ctypes.c_void_p,  # tokens
+        ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
+    ]
+    library.cream_decode_attention.restype = ctypes.c_int
+    library.cream_decode_attention.argtypes = [
+        ctypes.c_void_p,  # query
+        ctypes.c_void_p,  # key
+        ctypes.c_void_p,  # value
+        ctypes.c_void_p,  # keys
+        ctypes.c_void_p,  # values
+        ctypes.c_void_p,  # out
+        ctypes.c_void_p,  # rows
+        ctypes.c_int,  # is_bf16
+        ctypes.c_int64,  # A
+        ctypes.c_int64,  # H
+        ctypes.c_int64,  # K
+        ctypes.c_int64,  # U
+        ctypes.c_int64,  # E
+        ctypes.c_double,  # scale
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]

@@ -4,7 +4,8 @@ The fast bodies are held to these functions by the tests, and who embeds the pac
 tuned, tiled or in place; gradients are those of autograd. Half-precision products are torch's own, so a bfloat16 call
 is what plain torch makes of it; everything after the product is float32, or float64 for float64 inputs.
 
-N tokens, P pairs, R responses a prompt, D hidden size, V vocabulary.
+N tokens, P pairs, R responses a prompt, D hidden size, V vocabulary; in attention A rows decoded, S slots, U columns, H
+query heads, K kv heads, E head size.
 """
 
 import math
@@ -116,3 +117,25 @@ def kendall_tau(
         defined = scale > 0 and not any(map(math.isnan, a + b))
         result.append(score / scale if defined else math.nan)
     return result
+
+
+def decode_attention(
+    query: Tensor,  # (A, H, E)
+    key: Tensor,  # (A, K, E) of the new token
+    value: Tensor,  # (A, K, E)
+    keys: Tensor,  # (S, K, U, E), written in place
+    values: Tensor,  # (S, K, U, E)
+    rows: Tensor,  # (4, A): slot; a slot with the same first columns, how many; columns in use, the new one included
+    *,
+    scale: float,
+) -> Tensor:  # (A, H, E)
+    """softmax(scale * query . keys) values over the columns in use of each row's slot; row by row, head by head."""
+    A, H, _ = query.shape
+    groups = H // keys.shape[1]
+    out = torch.empty_like(query)
+    for a, (slot, _, _, length) in enumerate(rows.T.tolist()):
+        keys[slot, :, length - 1], values[slot, :, length - 1] = key[a], value[a]
+        for h in range(H):
+            k, v = keys[slot, h // groups, :length], values[slot, h // groups, :length]
+            out[a, h] = torch.softmax(scale * (k @ query[a, h]), 0) @ v
+    return out
