@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cream import dist
 from cream.attention import KeyValues
 from cream.config import SampleConfig
 from cream.data import Example, encode_prompt
@@ -129,10 +130,11 @@ def sample(
     *,
     seed: int,
     iteration: int,
-) -> list[dict]:  # rows of responses.jsonl, one a response, prompts in the order given
+) -> list[dict]:  # rows of responses.jsonl, one a response, prompts in the order given; [] on ranks other than 0
     """Draw `config.responses` answers to each example.
 
-    The unit of resume is a batch of `config.batch_size` prompts of like length.
+    The unit of resume, and of sharing between ranks, is a batch of `config.batch_size` prompts of like length. So the
+    answers depend on neither.
     """
     prompts = [encode_prompt(tokenizer, e.messages) for e in examples]
     stop = stop_ids(model, tokenizer)
@@ -140,9 +142,10 @@ def sample(
     units = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     R = config.responses
     drawn, started = 0, time.perf_counter()
-    todo = list(work.parts("responses", len(units)))
-    done = R * (len(examples) - sum(len(units[unit]) for unit in todo))
-    with progress(len(examples) * R, f"iter{iteration}/sample", "responses", done=done) as bar:
+    todo = work.parts("responses", len(units))
+    mine = R * sum(len(units[unit]) for unit in todo)
+    whole = R * len(examples) if dist.size() == 1 else mine  # of several ranks each shows its own part
+    with progress(whole, f"iter{iteration}/sample", "responses", done=whole - mine) as bar:
         for unit in todo:
             members = units[unit]
             n = config.max_new_tokens
@@ -173,8 +176,12 @@ def sample(
                 for r in range(R)
             ]
             work.put("responses", unit, rows)
-    if todo:
-        work.facts(tokens=drawn, tokens_per_second=drawn / (time.perf_counter() - started))
+    facts = dist.gather((drawn, time.perf_counter() - started, len(todo)))  # and now all parts are there
+    if any(count for _, _, count in facts):
+        drawn, seconds = sum(tokens for tokens, _, _ in facts), max(seconds for _, seconds, _ in facts)
+        work.facts(tokens=drawn, tokens_per_second=drawn / seconds)
+    if not dist.is_main():
+        return []
     place = {e.id: n for n, e in enumerate(examples)}
     rows = [row for unit in range(len(units)) for row in work.get("responses", unit)]
     return sorted(rows, key=lambda row: (place[row["prompt_id"]], row["index"]))

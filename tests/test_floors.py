@@ -11,7 +11,7 @@ FLOORS = {
     2: {"sample", "score", "consistency", "dpo"},
     1: {"model", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "adamw", "optim", "run", "plan"}
     | {"summary", "plots"},
-    0: {"config", "recipes", "log", "attention", "__init__"},
+    0: {"config", "recipes", "log", "dist", "attention", "__init__"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
