@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from cream import attention
+from cream import attention, dist, shards
 from cream.config import ModelConfig
 from cream.data import check_tokenizer
 from cream.log import UserError, progress
@@ -284,7 +284,10 @@ class Resident:
         return self._model
 
     def at(self, checkpoint: Path, *, gradients: bool = False) -> nn.Module:
-        """The module with that checkpoint's weights; with `gradients`, ready to be trained away from them."""
+        """The module with that checkpoint's weights; with `gradients`, ready to be trained away from them.
+
+        On several ranks the module that is trained is sharded, and no longer this one's: see `whole`.
+        """
         model = self.model
         if self._holds != checkpoint:
             self._holds = None
@@ -294,8 +297,21 @@ class Resident:
         if gradients:
             recompute(model, self.config.gradient_checkpointing)
             self._holds = None
+            if dist.size() > 1:
+                self._model = None
+                shards.shard(model)
         else:
             model.eval()
+        return model
+
+    def whole(self, trained: nn.Module) -> nn.Module | None:
+        """What `at` gave to be trained, with all its weights, on rank 0, to save it; None on the others, which help."""
+        if dist.size() == 1:
+            return trained
+        model = self.model if dist.is_main() else None
+        self._holds = None
+        dist.gather(None)  # it is loaded: what follows is quick
+        shards.copy_whole(trained, model)
         return model
 
 

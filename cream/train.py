@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cream import consistency, dist, doctor, dpo, plan, report, sft
 from cream.attention import choose
@@ -240,8 +241,9 @@ class Job:
             )
 
             def save_half() -> None:
-                save(work.path("sft/half"), model, self.tokenizer, card)
-                work.finish("sft/half")
+                self.save(work, "sft/half", model, card)
+                if dist.is_main():
+                    work.finish("sft/half")
 
             sft.train(
                 model,
@@ -254,12 +256,12 @@ class Job:
                 optim=self.config.optim,
                 halfway=save_half if half else None,
             )
-            save(work.path("sft/model"), model, self.tokenizer, card)
+            self.save(work, "sft/model", model, card)
 
         settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
         settings |= {"sources": data.sft, "limit": data.sft_limit}
         inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
-        return self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings)[0]
+        return self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings, by_all=True)[0]
 
     def given(self, path: str) -> Path:
         """The user's own M1, which must read and write M0's tokens."""
@@ -330,16 +332,18 @@ class Job:
             dpo.train(model, rows, config, work, self.metrics, stage=stage, seed=seed, optim=optim)
             [summary] = read_rows(pairs.with_name("ranking.json"))
             facts = {"pairs": len(rows), "mean tau": summary["tau_mean"], "mean agreement": summary["agreement_mean"]}
-            save(
-                work.path(output),
-                model,
-                self.tokenizer,
-                model_card(f"M{t + 1}", f"M{t}", facts | self.lineage(policy, [pairs])),
-            )
+            self.save(work, output, model, model_card(f"M{t + 1}", f"M{t}", facts | self.lineage(policy, [pairs])))
 
         inputs = {"policy": policy, "pairs": pairs}
         settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
-        return self.stage(stage, body, inputs, [output], settings)[0]
+        return self.stage(stage, body, inputs, [output], settings, by_all=True)[0]
+
+    def save(self, work: Work, output: str, trained: nn.Module, card: str) -> None:
+        """Write what was trained, from all ranks' parts, as a Hugging Face directory."""
+        model = self.resident.whole(trained)
+        if dist.is_main():
+            save(work.path(output), model, self.tokenizer, card)
+        dist.gather(None)  # who goes on training would wait in a collective, which has less time
 
     def evaluate(self, t: int, model: Path, questions: Path) -> None:
         config, stage = self.config.evaluate, f"eval/m{t}"

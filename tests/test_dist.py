@@ -19,13 +19,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
-from cream import dist, train
-from cream.log import UserError, say
-from tests.test_tiny import arguments, rows
+from cream import dist, dpo, optim, shards, train
+from cream.config import ModelConfig, OptimConfig, TrainConfig
+from cream.log import Metrics, UserError, say
+from cream.model import Resident, load
+from cream.packing import batches
+from cream.run import Work
+from tests.conftest import write_model
+from tests.test_dpo import pairs_of
+from tests.test_tiny import arguments, rows, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 2.0  # seconds; what a user has 60 of
+PATIENCE = 20.0  # where no rank is to end, on a busy machine
 
 
 # What a rank does, by name
@@ -36,15 +45,15 @@ def run_train(*argv: str) -> None:
 
 
 @contextlib.contextmanager
-def ranks():
+def ranks(timeout: float = PATIENCE):
     with dist.session():
-        dist.connect(TIMEOUT)
+        dist.connect(timeout)
         yield
 
 
 def uneven() -> None:
     """Rank 1 takes twice the timeout for its work; nobody minds, and all end together."""
-    with ranks():
+    with ranks(TIMEOUT):
         if dist.rank() == 1:
             time.sleep(2 * TIMEOUT)
         assert dist.gather(dist.rank()) == list(range(dist.size()))
@@ -55,7 +64,7 @@ def uneven() -> None:
 
 def ends(how: str, in_what: str) -> None:
     """Rank 1 ends in one way or another, while the others are in something that would not end by itself."""
-    with ranks():
+    with ranks(TIMEOUT):
         dist.total(torch.ones(1))
         if dist.rank() == 1:
             time.sleep(0.5)
@@ -69,6 +78,59 @@ def ends(how: str, in_what: str) -> None:
 def compute() -> None:
     while True:
         torch.ones(100, 100) @ torch.ones(100, 100)
+
+
+def descend(directory: str, model: str, pairs: str, options: str) -> None:
+    """DPO on the pairs, into `directory`. Every state that is saved or loaded is written down whole, and for every
+    pair that it was trained on; with `stop` this ends as soon as the state of a step is saved."""
+    place, options, record = Path(directory), json.loads(options), []
+    with ranks():
+        settings = ModelConfig(dtype=options["dtype"], gradient_checkpointing=options.get("recompute", "none"))
+        module = Resident(Path(model), settings).at(Path(model), gradients=True)
+        assert dist.size() == 1 or all(shards.local(p).numel() < p.numel() for p in module.parameters())
+        save, resume, step, loss_of = optim._save, optim._resume, optim.AdamW.step, dpo.loss_of
+
+        def write_down(optimizer, name):
+            whole = {}
+            for key, tensor in optimizer.parts().items():
+                plain = tensor.float().full_tensor() if isinstance(tensor, DTensor) else tensor  # gloo has no int16
+                whole[key] = plain.to(tensor.dtype).clone()
+            if dist.is_main():
+                save_file(whole, place / f"{name}.safetensors")
+
+        def saving(optimizer, keep, done, meta):
+            save(optimizer, keep, done, meta)
+            write_down(optimizer, "saved")
+            if done == options.get("stop"):
+                finish()
+                raise SystemExit(3)
+
+        def resuming(optimizer, keep):
+            start = resume(optimizer, keep)
+            write_down(optimizer, f"loaded-on-{dist.size()}")
+            return start
+
+        def stepping(optimizer):
+            assert dist.size() == 1 or set(optimizer.sums.values()) == {1}  # one reduction, however many micro-batches
+            return step(optimizer)
+
+        def recording(module, pairs, beta):
+            record.extend(pair["prompt_id"] for pair in pairs)
+            return loss_of(module, pairs, beta)
+
+        def finish():
+            used = [name for of_rank in dist.gather(record) for name in of_rank]
+            if dist.is_main():
+                with open(place / "used", "a") as file:
+                    file.writelines(f"{name}\n" for name in used)
+            dist.gather(None)
+
+        optim._save, optim._resume, optim.AdamW.step, dpo.loss_of = saving, resuming, stepping, recording
+        config, compact = TrainConfig(**options["train"]), OptimConfig(**options.get("optim", {}))
+        metrics = Metrics(place / "metrics.jsonl", writes=dist.is_main())
+        rows, work = json.loads(Path(pairs).read_text()), Work(place / "work", ())
+        dpo.train(module, rows, config, work, metrics, stage="iter1/train", seed=0, optim=compact)
+        finish()
 
 
 # The server
@@ -176,7 +238,7 @@ def test_unequal_work_is_waited_for(start):
 
 @pytest.mark.parametrize(
     ("how", "in_what"),
-    [("is killed", "computes"), ("is killed", "reduces"), ("fails", "waits"), ("fails", "reduces"), ("stops", "waits")],
+    [("is killed", "computes"), ("is killed", "reduces"), ("fails", "reduces"), ("stops", "waits")],
 )
 def test_a_rank_that_ends_ends_all_in_time(start, how, in_what):
     job = start(3, "ends", how, in_what)
@@ -202,7 +264,7 @@ GIVEN |= {"score.chunk_size": "1"}
 def test_answers_scores_and_accuracies_are_one_process_to_the_last_bit(start, tiny, other, tmp_path):
     given = GIVEN | {"sft.path": str(other)}
     train.main(arguments(tiny, tmp_path / "1", **given))
-    for size in (2, 4):
+    for size in (3,):
         job = start(size, "run_train", *arguments(tiny, tmp_path / str(size), **given))
         assert job.end() == [0] * size, job.said()
         for name in ("iter1/responses.jsonl", "iter1/scores.parquet", "iter1/pairs.jsonl", "eval/m0.jsonl"):
@@ -222,6 +284,115 @@ def test_a_mistake_is_one_line_from_all_and_leaves_nothing(start, tiny, tmp_path
     assert job.end() == [2, 2] and not (tmp_path / "run").exists()
     [error] = [line for line in job.said() if "error" in line]
     assert "no prompt is within data.max_prompt_tokens=5" in error
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.json"
+    path.write_text(json.dumps(pairs_of(load(tiny, ModelConfig(dtype="float32")), agreement=0.9)))
+    return path
+
+
+def descent(start, directory: Path, size: int, model: Path, pairs: Path, code: int = 0, **options) -> list[dict]:
+    directory.mkdir(exist_ok=True)
+    job = start(size, "descend", *map(str, (directory, model, pairs)), json.dumps(options))
+    assert job.end() == [code] * size, "\n".join(job.said())
+    return rows(directory / "metrics.jsonl")
+
+
+def test_losses_do_not_depend_on_the_number_of_ranks(start, tiny, pairs, tmp_path):
+    """21 steps of 5 and 4 pairs in micro-batches of one to three: some of four ranks have none to do."""
+    settings = {"lr": 3e-4, "epochs": 7, "batch_size": 5, "batch_tokens": 80, "beta": 1.0}
+    options = {"dtype": "float32", "train": settings}
+    alone = descent(start, tmp_path / "1", 1, tiny, pairs, **options)
+    assert len(alone) == 21 and alone[-1]["loss"] < alone[0]["loss"] - 0.05
+    for size, more in ((2, {}), (4, {"recompute": "full"})):
+        found = descent(start, tmp_path / str(size), size, tiny, pairs, **options | more)
+        for a, b in zip(alone, found, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], abs=1e-5) and a["tokens"] == b["tokens"]
+            for key in ("grad_norm", "rewards/margins", "sequence_forwards_per_prompt"):
+                assert b[key] == pytest.approx(a[key], abs=1e-4), key
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 4), (1, 2)])
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(start, wide, pairs, tmp_path, first, then):
+    """bfloat16 weights with their low bits and 8-bit moments: loaded as they were saved, and every pair used once."""
+    train = {"lr": 1e-4, "epochs": 1, "batch_size": 5, "batch_tokens": 1, "checkpoint_every": 1}
+    options = {"dtype": "bfloat16", "optim": {"moments": "int8"}, "train": train | {"batch_tokens": 200}}
+    descent(start, tmp_path, first, wide, pairs, code=3, stop=2, **options)
+    saved = load_file(tmp_path / "saved.safetensors")
+    assert len(rows(tmp_path / "metrics.jsonl")) == 2 and any(t.dtype == torch.int8 for t in saved.values())
+    found = descent(start, tmp_path, then, wide, pairs, **options)
+    loaded = load_file(tmp_path / f"loaded-on-{then}.safetensors")
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    used = (tmp_path / "used").read_text().split()
+    assert len(set(used)) == 13 and (len(used) == 13 or then == 4)
+
+
+@pytest.fixture(scope="module")
+def wide(tokenizer, tmp_path_factory) -> Path:
+    """A model whose rows are whole blocks of the optimizer's moments, and no number of ranks divides its vocabulary."""
+    shape = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": len(tokenizer) + 4}
+    return write_model(tmp_path_factory.mktemp("wide"), tokenizer, seed=0, **shape)
+
+
+def test_the_state_before_the_first_step_is_one_processes(start, wide, pairs, tmp_path):
+    train = {"lr": 1e-4, "batch_size": 13, "batch_tokens": 4000}
+    for size in (1, 4):
+        options = {"dtype": "bfloat16", "optim": {"moments": "int8"}, "train": train}
+        descent(start, tmp_path, size, wide, pairs, **options)
+    one, four = (load_file(tmp_path / f"loaded-on-{size}.safetensors") for size in (1, 4))
+    assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)
+    assert any(name.startswith("low/") and tensor.any() for name, tensor in one.items())
+
+
+def test_ranks_have_as_many_micro_batches_and_every_pair_once():
+    for count, budget, size in ((13, 30, 1), (13, 30, 2), (13, 30, 4), (1, 30, 4), (7, 3, 3), (16, 1000, 8)):
+        made = batches([1 + 7 * i % 11 for i in range(count)], budget, size)
+        assert len(made) % size == 0 and sorted(i for batch in made for i in batch) == list(range(count))
+        assert made == batches([1 + 7 * i % 11 for i in range(count)], budget) or size > 1
+
+
+def test_blocks_that_ranks_would_cut_are_refused(start, tiny, pairs, tmp_path):
+    options = {"dtype": "bfloat16", "optim": {"moments": "int8"}, "train": {"batch_size": 13}}
+    job = start(2, "descend", *map(str, (tmp_path, tiny, pairs)), json.dumps(options))
+    assert job.end() == [2, 2]
+    [error] = [line for line in job.said() if "error" in line]
+    assert "optim.moments int8: model.embed_tokens.weight, 264 x 32, does not divide into blocks of 256" in error
+
+
+def test_a_killed_rank_of_torchrun_ends_the_run_which_goes_on(start, tiny, tmp_path):
+    changes = {
+        "run.iterations": "1",
+        "train.epochs": "12",
+        "evaluate.enabled": "false",
+        "score.first_round": "sft_half",
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command = [*launcher, "--nproc-per-node", "2", "-m", "cream.train", *arguments(tiny, tmp_path / "run", **changes)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    torchrun = subprocess.Popen(command, **pipes, env=environment(), cwd=ROOT)
+    try:
+        keep = tmp_path / "run/.work/iter1+train/keep/steps"
+        while not any(keep.glob("step-??????")):
+            assert torchrun.poll() is None
+            time.sleep(0.01)
+        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        killed = time.monotonic()
+        torchrun.communicate(timeout=60)
+        assert torchrun.returncode != 0 and time.monotonic() - killed < 60
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+    assert "iter1/train" not in stages(tmp_path / "run")
+    steps = len(rows(tmp_path / "run/metrics.jsonl"))
+    job = start(1, "run_train", *arguments(tiny, tmp_path / "run", "--resume", **changes))
+    assert job.end() == [0], "\n".join(job.said())
+    found = [r["step"] for r in rows(tmp_path / "run/metrics.jsonl") if r["stage"] == "iter1/train"]
+    assert found == list(range(1, len(found) + 1)) and len(found) > steps
+    assert stages(tmp_path / "run") == ["prompts", "sft", "iter1/sample", "iter1/score", "iter1/rank", "iter1/train"]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     3: {"train", "sft", "evaluate", "report", "doctor"},
     2: {"sample", "score", "consistency", "dpo"},
-    1: {"model", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "adamw", "optim", "run", "plan"}
+    1: {
+        "model",
+        "packing",
+        "meter",
+        "data",
+        "chat",
+        "rows",
+        "tasks",
+        "checkpoint",
+        "shards",
+        "adamw",
+        "optim",
+        "run",
+        "plan",
+    }
     | {"summary", "plots"},
     0: {"config", "recipes", "log", "dist", "attention", "__init__"},
 }
