@@ -44,6 +44,8 @@ class _Ranks:
         store, self.rank, self.size = next(
             torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)),
         )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts ranks
+        store = torch.distributed.PrefixStore(f"cream/{attempt}", store)
         self.store, self.timeout, self.messages = store, TIMEOUT, 0
         self.last = store.clone()  # for `end`: one that waits keeps others from using the same connection
         self.over = threading.Event()
