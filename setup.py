@@ -122,8 +122,32 @@ setup(
         "trl": ["trl>=1.15"],
         "peft": ["peft>=0.19"],
         "vllm": ["vllm>=0.22"],  # pins its own torch: give it an environment of its own
-        "bench": ["trl>=1.15", "liger-kernel>=0.8", "cut-cross-entropy>=25.1"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "scipy>=1.13", "ruff>=0.9", "setuptools>=77"],
+        "hub": ["kernels>=0.17"],  # Hugging Face's loader; kernels/export_hub.py makes what it loads
+        "bench": [
+            "trl>=1.15",
+            "liger-kernel>=0.8",
+            "cut-cross-entropy>=25.1",
+            "scipy>=1.13",
+            "torchmetrics>=1.4",
+            "hyper-corr>=0.2",
+        ],
+        "bench-gpu": ["quack-kernels>=0.6", "liger-kernel[cutedsl]>=0.8"],  # these need CUDA to be of use
+        # The tests of what is optional skip without it; these are there so that they do not. A CUDA torch brings its
+        # own triton, a CPU torch none, and liger-kernel and cut-cross-entropy do not import without one.
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "scipy>=1.13",
+            "ruff>=0.9",
+            "setuptools>=77",
+            "trl>=1.15; python_version >= '3.11'",
+            "peft>=0.19",
+            "kernels>=0.17",
+            "torchmetrics>=1.4",
+            "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "liger-kernel>=0.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "cut-cross-entropy>=25.1; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        ],
     },
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     distclass=NativeDistribution,

@@ -1,23 +1,27 @@
 """Time scoring R answers to each prompt against padded batches with full logits: python -m bench.score
 
-The peer is what rewarding code commonly does, the released CREAM code included: every answer with its own copy of the
-prompt, padded to the longest of the batch, (S, T, V) logits, log-softmax, gather. Correctness first: both within their
-dtype's rounding of float64.
+The peer is what rewarding code commonly does, the released CREAM code's rewarding.py included: every answer with its
+own copy of the prompt, padded to the longest of the batch, (S, T, V) logits, log-softmax, gather. "cream, unshared" is
+our own scoring with each answer as a prompt group of its own, so that what sharing brings shows. Correctness first: no
+more than twice the padded peer's error against float64, on four prompts; then turns in one process.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import harness
-from bench.models import smollm2
+from bench import harness, options, tables
+from bench.models import LAYERS, directory_of
 from cream.config import ModelConfig
 from cream.data import encode_prompt, load_prompts
-from cream.model import load, load_tokenizer
+from cream.model import load
 from cream.score import score
 
 
@@ -41,52 +45,82 @@ def padded_full_logits(model, groups: list, batch_size: int) -> list[float]:
     return sums
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--responses", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8, help="sequences a forward of the peer")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    args = parser.parse_args()
-    directory = smollm2(args.dtype)
-    ours = load(directory, ModelConfig(dtype=args.dtype))
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, args.dtype)).to(ours.device).eval()
-    device, tokenizer, rng = ours.device.type, load_tokenizer(directory), np.random.default_rng(0)
-    # Prompts of word problems, answers of 10 to 64 tokens of one of them: lengths as the smoke recipe meets them.
-    prompts = [encode_prompt(tokenizer, e.messages) for e in load_prompts([f"builtin:arithmetic:{args.prompts}"])]
+SIZES = {"tiny": ("tiny", 4), "small": ("SmolLM2-135M", 8), "cpu": ("SmolLM2-135M", 32)}
+SIZES["full"] = (f"LLaMA-2-7B, {LAYERS} layers", 64)
+CHECKED = 4  # prompts
+
+
+def make_groups(count: int, responses: int, directory: Path) -> list:
+    """Prompts of word problems with answers of 10 to 64 tokens of such: lengths as the smoke recipe meets them."""
+    vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
+    tokenizer, rng = AutoTokenizer.from_pretrained(directory), np.random.default_rng(0)
+    prompts = [encode_prompt(tokenizer, e.messages) for e in load_prompts([f"builtin:arithmetic:{count}"])]
     text = tokenizer(" ".join(e.messages[0]["content"] for e in load_prompts(["builtin:arithmetic:200"])))["input_ids"]
+    text = [token % vocabulary for token in text]
     groups = []
     for prompt in prompts:
-        starts = rng.integers(0, len(text) - 64, args.responses)
-        groups.append(
-            (prompt, [text[s : s + n] for s, n in zip(starts, rng.integers(10, 65, args.responses), strict=True)])
-        )
-    run = {
-        "cream": lambda: score(ours, groups, batch_tokens=4096),
-        "padded, full logits": lambda: padded_full_logits(theirs, groups, args.batch),
+        starts, lengths = rng.integers(0, len(text) - 64, responses), rng.integers(10, 65, responses)
+        answers = [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        groups.append(([token % vocabulary for token in prompt], answers))
+    return groups
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options.parser(__doc__)
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--responses", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a forward of the peer")
+    args = parser.parse_args(argv)
+    turns = args.repeats or 3
+    options.resolve(args)
+    rows = []
+    for dtype in args.dtypes:
+        found = measure(args, dtype, turns)
+        harness.record("score", found, args.results)
+        rows += found
+    tables.show("score", rows, args.results, __doc__)
+
+
+def measure(args: Namespace, dtype: str, turns: int) -> list[dict]:
+    name, count = SIZES[args.size]
+    count, directory = args.prompts or count, directory_of(name, dtype)
+    ours = load(directory, ModelConfig(dtype=dtype))
+    device = ours.device.type
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+    groups = make_groups(count, args.responses, directory)
+
+    def unshared(groups: list) -> list[list[float]]:
+        alone = [(prompt, [response]) for prompt, responses in groups for response in responses]
+        return score(ours, alone, batch_tokens=4096)
+
+    ways = {
+        "cream": lambda groups: np.concatenate(score(ours, groups, batch_tokens=4096)),
+        "cream, unshared": lambda groups: np.concatenate(unshared(groups)),
+        "padded, full logits": lambda groups: np.array(padded_full_logits(theirs, groups, args.batch)),
     }
-    few = groups[:4]
-    exact = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    truth = np.array(padded_full_logits(exact, few, 1))
+    few = groups[:CHECKED]
+    exact = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).to(device)
+    truth = torch.tensor(padded_full_logits(exact, few, 1), dtype=torch.float64)
     del exact
-    errors = {
-        "cream": np.abs(np.concatenate(score(ours, few, batch_tokens=4096)) - truth).max(),
-        "padded, full logits": np.abs(np.array(padded_full_logits(theirs, few, args.batch)) - truth).max(),
-    }
-    assert errors["cream"] <= 2 * errors["padded, full logits"] + 1e-3, errors
+    found = {name: torch.from_numpy(way(few)) for name, way in ways.items()}
+    errors = {name: harness.relative_errors({"logp": sums}, {"logp": truth}) for name, sums in found.items()}
+    nats = {name: (sums - truth).abs().max().item() for name, sums in found.items()}
+    excesses = {name: harness.excess(error, errors["padded, full logits"], {}) for name, error in errors.items()}
+    for wrong in [name for name in ways if not excesses[name] <= 1]:
+        print(f"  {wrong} is wrong, so it gives no row: {errors[wrong]}")
+        del ways[wrong]
     tokens = sum(len(p) + sum(map(len, responses)) for p, responses in groups)
-    known, rows = harness.facts(device), []
-    for name, ms in harness.interleave(run, args.repeats, device).items():
-        row = {"shape": [args.prompts, args.responses], "model": "SmolLM2-135M", "dtype": args.dtype, "impl": name}
-        row |= harness.spread(ms) | {"max_error_nats": round(float(errors[name]), 6), "distinct_tokens": tokens}
-        row["sequences_per_second"] = round(args.prompts * args.responses / row["ms"] * 1e3, 2)
-        rows.append(known | row)
-        print(
-            f"{args.prompts} x {args.responses} {args.dtype} {name:20} {row['ms']:8.0f} ms "
-            f"{row['sequences_per_second']:7.1f} sequences/s, error {row['max_error_nats']:.2g} nats"
-        )
-    harness.record("score", rows)
+    times = harness.interleave({n: lambda way=way: way(groups) for n, way in ways.items()}, turns, device)
+    rows = []
+    for impl, ms in times.items():
+        key = {"shape": [count, args.responses], "model": name, "dtype": dtype, "impl": impl}
+        row = harness.facts(device) | key | harness.spread(ms) | {"repeats": turns}
+        row |= {"max_error_nats": round(nats[impl], 6), "distinct_tokens": tokens}
+        row |= {"error": float(f"{errors[impl]['logp']:.3g}"), "excess": float(f"{excesses[impl]:.3g}")}
+        row["sequences_per_second"] = round(count * args.responses / row["ms"] * 1e3, 2)
+        rows.append(row)
+        print(f"  {tables.line(row)}, error {row['max_error_nats']:.2g} nats")
+    return rows
 
 
 if __name__ == "__main__":

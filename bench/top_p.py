@@ -6,14 +6,14 @@ implementations take turns, so that whatever else the machine does falls on all 
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from bench import harness
+from bench import harness, options, tables
 from cream_kernels import native
 from cream_kernels.top_p import top_p_sample_native, top_p_sample_reference, top_p_sample_torch
 
@@ -62,26 +62,29 @@ def check(logits: Tensor, uniform: Tensor, run: dict) -> None:
         assert inside.gather(1, tokens[:, None]).sum() >= len(tokens) - 1, f"{name} leaves transformers' nucleus"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 160])
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    known, rows = harness.facts(args.device), []
-    for N in args.rows:
-        for dtype in (torch.float32, torch.bfloat16):
-            logits, uniform = like_a_language_model(N, args.vocabulary, dtype, args.device)
+SIZES = {"tiny": ([3], 512), "small": ([1, 160], 49152), "cpu": ([1, 160], 49152), "full": ([1, 160, 1280], 128256)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options.parser(__doc__)
+    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--vocabulary", type=int)
+    args = parser.parse_args(argv)
+    turns = args.repeats or 15
+    options.resolve(args)
+    counts, V = args.rows or SIZES[args.size][0], args.vocabulary or SIZES[args.size][1]
+    rows = []
+    for N in counts:
+        for dtype in args.dtypes:
+            logits, uniform = like_a_language_model(N, V, getattr(torch, dtype), args.device)
             run = implementations(logits, uniform)
             check(logits, uniform, run)
-            for name, ms in harness.interleave(run, args.repeats, args.device).items():
-                row = {"shape": [N, args.vocabulary], "dtype": str(dtype).removeprefix("torch."), "impl": name}
-                row |= harness.spread(ms)
-                rows.append(known | row)
-                shape = f"{N:4} x {args.vocabulary} {row['dtype']:9}"
-                print(f"{shape} {name:13} {row['ms']:9.3f} ms  ({row['p20']:.3f} to {row['p80']:.3f})")
-    harness.record("top_p", rows)
+            for name, ms in harness.interleave(run, turns, args.device).items():
+                row = harness.facts(args.device) | {"shape": [N, V], "dtype": dtype, "impl": name}
+                rows.append(row | harness.spread(ms) | {"repeats": turns})
+                print(f"  {tables.line(rows[-1])}")
+    harness.record("top_p", rows, args.results)
+    tables.show("top_p", rows, args.results, __doc__)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from cream.log import UserError, entry, printable
 from cream.recipes import Given
 
 DEFAULT_RECIPE = "smoke"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a LLaMA layer
+NEEDS_PEFT = "lora.r is above 0, which takes peft, and it is not installed; run: pip install -e .[peft]"
 
 
 class Allowed(NamedTuple):
@@ -37,6 +39,7 @@ class Allowed(NamedTuple):
 
 ANY_TEXT = Allowed("text (in quotes if it looks like a number)", lambda value: True)
 TEXT = Allowed("text that is not empty", lambda value: bool(value.strip()))
+LAYERS = Allowed(f"a list of some of {', '.join(LINEAR)}", lambda value: bool(value) and set(value) <= set(LINEAR))
 TEXTS = Allowed("a list of texts, none of them empty", lambda value: all(item.strip() for item in value))
 FLAG = Allowed("true or false", lambda value: True)
 CHOICE = Allowed("one of", lambda value: True)  # followed by the names in the field's Literal
@@ -104,6 +107,22 @@ class ModelConfig:
         "what backward computes again to save memory, with the same result: none; selective, what is cheap (norms, "
         "activation functions), for about half of it; full, each layer from its input, for a third more time; auto "
         "takes the first that fits",
+    )
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters over a frozen M0, through peft: M1 and each round's model are adapters of some megabytes, and
+    M0 is what is left when they are switched off."""
+
+    r: int = _field(0, COUNT_OR_ZERO, "rank of the adapters; 0 trains all weights; the released code has 32")
+    alpha: float = _field(64.0, POSITIVE, "the adapters' product is scaled by alpha / r")
+    dropout: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of an adapter's inputs left out at random in training")
+    targets: list[str] = _field(LINEAR, LAYERS, "layers that get an adapter; the head never does")
+    merge_on_export: Literal["last", "all", "none"] = _field(
+        "last",
+        CHOICE,
+        "which models are also written whole, the adapter added to M0's weights: the final one, each, or none",
     )
 
 
@@ -256,6 +275,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -465,7 +485,7 @@ def _parser(prog: str, description: str) -> ArgumentParser:
         elif knob.type is bool:
             how = {"type": bool, "nargs": "?", "const": True, "metavar": "true|false"}
         elif typing.get_origin(knob.type) is list:
-            how = {"nargs": "+", "action": _Several, "metavar": "SOURCE"}
+            how = {"nargs": "+", "action": _Several, "metavar": "SOURCE" if section == "data" else "NAME"}
         else:
             how = {"type": knob.type, "metavar": "VALUE"}
         groups.get(section, parser).add_argument(f"--{key}", default=default, help=text, **how)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from cream.config import Config, parse
+from cream.config import NEEDS_PEFT, Config, parse
 from cream.log import UserError, entry, printable
 from cream.plan import CARDS_GB, COLUMNS, Plan, Shape, Stage, known_shape, plan, shape_of
 
@@ -259,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = find_shape(config)
     except UserError as error:
         print(printable(str(error)))
+        check(config)
         return
     name, memory = device_memory()
     here = plan(config, shape, dtype_here(config), "cpu" if name == RAM else "cuda")
@@ -269,6 +270,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     header = ["stage", "field", "recipe", *(f"{size} GB" for size in CARDS_GB), f"here: {name}, {memory / GB:,.1f} GB"]
     show(f"Does it fit, or else with which value of the field{there}", header, fit_rows(cards, here, memory))
     show("Disk at most, GB, without M0 in the hub's cache", ["what", "GB"], disk_rows(here, free_disk(config.run.dir)))
+    check(config)
+
+
+def check(config: Config) -> None:
+    """Raise UserError where the recipe wants an optional package that is not here."""
+    if config.lora.r and version("peft") is None:
+        raise UserError(NEEDS_PEFT)
 
 
 if __name__ == "__main__":

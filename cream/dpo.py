@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cream import dist, shards
 from cream.config import OptimConfig, TrainConfig
 from cream.log import Metrics, UserError, say
-from cream.meter import forward_flops
+from cream.meter import training_flops
 from cream.model import head
 from cream.optim import Schedule, descend
 from cream.packing import Group, Packed, batches, group_tokens, pack, read
@@ -118,14 +118,13 @@ def train(
     def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor | float], int]]:
         window = steps[step]
         for micro in micro_batches(step):
-            pairs = micro or [
-                fitting[window[0]]
-            ]  # a rank that has none computes with the others, and counts for nothing
+            # A rank that has none computes with the others, and counts for nothing.
+            pairs = micro or [fitting[window[0]]]
             loss, logp, packed = shards.within(model, loss_of, pairs, config.beta)
             shares = {key: value / len(window) for key, value in measures(pairs, logp, config.beta).items()}
             # The policy's own; the reference's are theta_t's scores, which are there.
             shares["sequence_forwards_per_prompt"] = packed.sequences / len(window)
-            shares["flops"] = 3 * forward_flops(model, packed)
+            shares["flops"] = training_flops(model, packed)
             if not micro:
                 yield loss.sum() * 0, {key: value * 0 for key, value in shares.items()}, 0
             else:
@@ -140,6 +139,7 @@ def train(
         keep=work.keep("steps"),
         metrics=metrics,
         optim=optim,
+        seed=seed,
         micro_batches=lambda step: len(micro_batches(step)),
     )
     work.facts(pairs=len(fitting), too_long=len(pairs) - len(fitting), **facts)

@@ -31,7 +31,7 @@ PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B2
 
 
 def forward_flops(model: nn.Module, packed: Packed) -> float:
-    """Floating-point operations of a forward pass with the head on its N rows; training takes three times as many.
+    """Floating-point operations of a forward pass with the head on its N rows.
 
     Two a weight of the backbone's matrices and token, 4 H E a layer and token seen, 2 N D V. What activation
     checkpointing computes again does not count, as usual for MFU.
@@ -43,6 +43,15 @@ def forward_flops(model: nn.Module, packed: Packed) -> float:
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     seen = 4 * config.num_hidden_layers * width * packed.segments.seen
     return 2 * packed.tokens * matrices + seen + 2 * packed.targets.shape[0] * weight.numel()
+
+
+def training_flops(model: nn.Module, packed: Packed) -> float:
+    """Those of forward and backward: three times forward's, less the gradients of matrices that are frozen."""
+    weight = head(model)
+    embedded = {id(weight), id(model.get_input_embeddings().weight)}
+    frozen = sum(p.numel() for p in model.parameters() if p.ndim == 2 and not p.requires_grad and id(p) not in embedded)
+    rows = 0 if weight.requires_grad else packed.targets.shape[0]
+    return 3 * forward_flops(model, packed) - 2 * packed.tokens * frozen - 2 * rows * weight.numel()
 
 
 def utilization(model: nn.Module, flops: float, seconds: float) -> float | None:

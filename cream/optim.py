@@ -9,6 +9,7 @@ does not need all gradients at once, straight into the weights.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -277,6 +278,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
+def draw(seed: int, stage: str, step: int) -> None:
+    """Begin torch's random numbers anew, so that a step's dropout is its own whether or not a run was resumed."""
+    name = f"{seed}/{stage}/{step}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))
+
+
 @dataclass(frozen=True)
 class Schedule:
     steps: int
@@ -296,6 +303,7 @@ def descend(
     keep: Path,  # where step checkpoints go
     metrics: Metrics,
     optim: OptimConfig | None = None,  # None: the defaults
+    seed: int = 0,  # of dropout, where the model has any
     micro_batches: Callable[[int], int | None] = lambda step: None,  # losses of a step, where the caller knows
     after: Callable[[int], None] = lambda step: None,
 ) -> dict[str, float | None]:  # for the ledger: steps, and Meter.facts of this process's part of them
@@ -317,6 +325,7 @@ def descend(
         with progress(schedule.steps, stage, "steps", done=start) as bar:
             for step in range(start, schedule.steps):
                 meter.begin()
+                draw(seed, stage, step)
                 rate = learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
                 count = micro_batches(step)
                 optimizer.begin(rate, count)

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from cream.config import Config, OptimConfig
+from cream.config import Config, LoRAConfig, OptimConfig
 
 CARDS_GB = (24, 40, 80)
 HEAD_TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # linear_logp's: rows and vocabulary held at once, in float32
@@ -50,6 +50,13 @@ class Shape:
     def largest(self) -> int:
         """Elements of the largest parameter."""
         return max(self.vocabulary, self.intermediate) * self.hidden
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(in, out) of a layer's linear map of that name."""
+        D, F, query, key = self.hidden, self.intermediate, self.heads * self.head_size, self.kv_heads * self.head_size
+        wide = {"q": query, "k": key, "v": key, "gate": F, "up": F}
+        short = name.removesuffix("_proj")
+        return ({"o": query, "down": F}[short], D) if short in ("o", "down") else (D, wide[short])
 
 
 LLAMA3_8B = Shape(128256, 4096, 32, 32, 8, 128, 14336, False, 8192)
@@ -91,39 +98,76 @@ def shape_of(config: object) -> Shape:
         raise ValueError(f"{kind} does not describe itself as LLaMA-class models do ({error})") from None
 
 
-def activation_bytes(shape: Shape, size: int, checkpointing: str) -> tuple[int, int]:
+def adapter_parameters(shape: Shape, lora: LoRAConfig) -> int:
+    """Elements of an adapter; 0 where all weights are trained."""
+    return shape.layers * lora.r * sum(sum(shape.linear(name)) for name in set(lora.targets))
+
+
+def activation_bytes(
+    shape: Shape, size: int, checkpointing: str, lora: LoRAConfig | None = None, device: str = "cuda"
+) -> tuple[int, int]:
     """What autograd keeps of one token, (bytes a token over all layers, bytes a token of the layer being recomputed).
 
     `size` is the bytes of the compute dtype. Per layer, as transformers' LLaMA saves them with fused attention: two
     RMSNorms (the input in float32, the normalised input, the output), q, k, v and the attention's output with its
     float32 log-sum-exp, four tensors of width F around the SwiGLU product. tests/test_doctor.py counts them. With
     `checkpointing` "selective" what the products made and the layer's input, with "full" the input alone; "auto" counts
-    as "full", which it comes to where memory is short.
+    as "full", which it comes to where memory is short. Under adapters the frozen weights want no inputs: a norm keeps
+    its own input alone, SwiGLU three tensors, and each adapter what `adapter_bytes` says.
     """
     D, H, K, E, F = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate
-    norm = D * (4 + 2 * size) + 4
-    layer = 2 * norm + size * (2 * H * E + 2 * K * E + 4 * F) + 4 * H
+    adapted = lora is not None and lora.r > 0
+    norm = D * 4 + 4 if adapted else D * (4 + 2 * size) + 4
+    layer = 2 * norm + size * (2 * H * E + 2 * K * E + (3 if adapted else 4) * F) + 4 * H
+    products = 0
+    if adapted:
+        layer += adapter_bytes(shape, size, lora, device)
+        products = 4 * lora.r * len(set(lora.targets))
     if checkpointing == "none":
         return shape.layers * layer + norm, 0
     if checkpointing == "selective":
-        kept = size * (D + 2 * H * E + 2 * K * E + 2 * D + 2 * F) + 4 * H
+        kept = size * (D + 2 * H * E + 2 * K * E + 2 * D + 2 * F) + 4 * H + products
         return shape.layers * kept + norm, layer
     return shape.layers * D * size + norm, layer
 
 
-def forward_bytes(shape: Shape, size: int) -> int:
-    """Bytes a token alive at once in one layer without autograd: the residual, a norm in float32, SwiGLU's three."""
-    return size * (3 * shape.intermediate + 3 * shape.hidden) + 8 * shape.hidden
+def adapter_bytes(shape: Shape, size: int, lora: LoRAConfig, device: str) -> int:
+    """What a layer's adapters keep of one token. Each computes in float32: what its first product read, with dropout
+    also what fell (a byte on a GPU, a float32 on a CPU), and what its second product read.
+
+    Without dropout and in float32 it reads what is there: norms and the SwiGLU product are kept once for all who read.
+    """
+    names = set(lora.targets)
+    read = sum(shape.linear(name)[0] for name in names)
+    if lora.dropout:
+        read *= 5 if device == "cuda" else 8
+    elif size == 4:
+        readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+        read = 4 * sum(max((shape.linear(name)[0] for name in names & group), default=0) for group in readers)
+    else:
+        read *= 4
+    return read + 4 * lora.r * len(names)
 
 
-def backward_bytes(shape: Shape, size: int) -> int:
+def forward_bytes(shape: Shape, size: int, lora: LoRAConfig | None = None) -> int:
+    """Bytes a token alive at once in one layer without autograd: the residual, a norm in float32, SwiGLU's three; and
+    an adapter's product, and that scaled, in float32."""
+    adapter = 8 * shape.intermediate if lora is not None and lora.r else 0
+    return size * (3 * shape.intermediate + 3 * shape.hidden) + 8 * shape.hidden + adapter
+
+
+def backward_bytes(shape: Shape, size: int, lora: LoRAConfig | None = None) -> int:
     """Bytes a token that backward through a layer holds besides what autograd kept: gradients of two of SwiGLU's, and
-    of the residual and a norm."""
-    return size * (2 * shape.intermediate + 2 * shape.hidden)
+    of the residual and a norm; and of what an adapter read, before and after dropout, in float32."""
+    adapter = 8 * shape.intermediate if lora is not None and lora.r else 0
+    return size * (2 * shape.intermediate + 2 * shape.hidden) + adapter
 
 
-def state_bytes(shape: Shape, size: int, optim: OptimConfig) -> tuple[int, int]:
-    """(low bits, moments) of the optimizer, whole model (cream/optim.py)."""
+def state_bytes(shape: Shape, size: int, optim: OptimConfig, lora: LoRAConfig | None = None) -> tuple[int, int]:
+    """(low bits, moments) of the optimizer, of the whole model or of a float32 adapter (cream/optim.py)."""
+    if lora is not None and lora.r:
+        count = adapter_parameters(shape, lora)
+        return 0, 2 * count + 8 * count // BLOCK if optim.moments == "int8" else 8 * count
     matrices = shape.parameters - shape.vectors
     low = 2 * shape.parameters if size == 2 else 0
     if optim.moments == "int8":
@@ -131,17 +175,21 @@ def state_bytes(shape: Shape, size: int, optim: OptimConfig) -> tuple[int, int]:
     return low, 8 * shape.parameters
 
 
-def sums_bytes(shape: Shape, size: int, optim: OptimConfig, clip: float, single: bool) -> tuple[int, int]:
+def sums_bytes(
+    shape: Shape, size: int, optim: OptimConfig, clip: float, single: bool, lora: LoRAConfig | None = None
+) -> tuple[int, int]:
     """(bytes that a step's gradients take from its first micro-batch on, bytes that they take when the last is over).
 
     `single`: a step is one micro-batch, whose gradients come as its activations go.
     """
+    adapted = lora is not None and lora.r > 0
+    count, size = (adapter_parameters(shape, lora), 4) if adapted else (shape.parameters, size)
     if not single:
         each = 2 if size == 2 and optim.sums == "bfloat16" else 4
-        return each * shape.parameters, 0
+        return each * count, 0
     if clip == 0 or optim.clip_by == "tensor":
         return 0, 0
-    return 0, size * shape.parameters
+    return 0, size * count
 
 
 @dataclass(frozen=True)
@@ -207,7 +255,8 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
     One model is in memory at a time; scoring swaps weights. Sampling, scoring and evaluation are upper bounds.
     """
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    weights = Part("weights", shape.parameters * size)
+    lora = config.lora
+    weights = Part("weights", shape.parameters * size + 4 * adapter_parameters(shape, lora))
     sample, score, train, sft = config.sample, config.score, config.train, config.sft
     cache = 2 * shape.layers * shape.kv_heads * shape.head_size * size  # bytes a token
     # a pair reads its prompt's keys and values twice, so that at most as many again are kept
@@ -219,8 +268,8 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
         def parts_at(tokens: int) -> tuple[Part, ...]:
             tokens = max(tokens, longest)  # what is longer than a batch is a batch by itself
             single = tokens >= settings.batch_size * longest
-            gradients = sums_bytes(shape, size, config.optim, settings.clip, single)
-            return (weights, *_training_parts(config, shape, size, tokens, copied, gradients, head(tokens)))
+            gradients = sums_bytes(shape, size, config.optim, settings.clip, single, lora)
+            return (weights, *_training_parts(config, shape, size, device, tokens, copied, gradients, head(tokens)))
 
         return Stage(name, f"{name}.batch_tokens", max(settings.batch_tokens, longest), parts_at)
 
@@ -231,7 +280,7 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
             sequences = prompts * responses
             return (
                 weights,
-                Part("activations", prompts * prompt * forward_bytes(shape, size)),
+                Part("activations", prompts * prompt * forward_bytes(shape, size, lora)),
                 Part("head", sequences * shape.vocabulary * 4 * 3),  # logits, their order, running sums
                 Part("KV cache", sequences * (prompt + new_tokens) * cache),
             )
@@ -241,17 +290,18 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
     def scoring(tokens: int) -> tuple[Part, ...]:
         return (
             weights,
-            Part("activations", tokens * forward_bytes(shape, size)),
+            Part("activations", tokens * forward_bytes(shape, size, lora)),
             Part("head", tokens * shape.hidden * 4 + tile_bytes(shape, device)),
         )
 
     stages = []
+    logp = functools.partial(logp_bytes, shape, size, device, frozen=lora.r > 0)
     if sft.enabled:
-        stages.append(training("sft", sft.max_length, 0, functools.partial(logp_bytes, shape, size, device)))
+        stages.append(training("sft", sft.max_length, 0, logp))
     stages.append(generation("sample", sample.batch_size, sample.responses, sample.max_new_tokens))
     stages.append(Stage("score", "score.batch_tokens", score.batch_tokens, scoring))
     pair = 2 * min(sample.max_new_tokens, train.max_length)
-    dpo = functools.partial(dpo_bytes, shape, size, device, pair)
+    dpo = logp if lora.r else functools.partial(dpo_bytes, shape, size, device, pair)
     stages.append(training("train", 2 * train.max_length, twice, dpo))
     if config.evaluate.enabled:
         stages.append(generation("evaluate", config.evaluate.batch_size, 1, config.evaluate.max_new_tokens))
@@ -264,9 +314,14 @@ def tile_bytes(shape: Shape, device: str) -> int:
     return 4 * min(columns, shape.vocabulary) * (2 * rows + 2 * shape.hidden)
 
 
-def logp_bytes(shape: Shape, size: int, device: str, rows: int) -> int:
-    """linear_logp over `rows` hidden states: they, their gradient in float32, the head's gradient and a tile."""
+def logp_bytes(shape: Shape, size: int, device: str, rows: int, frozen: bool = False) -> int:
+    """linear_logp over `rows` hidden states: they, their gradient in float32, the head's gradient and a tile.
+
+    With a frozen head the head has no gradient, and linear_weighted_dpo is linear_logp.
+    """
     wide = rows * shape.hidden * (8 + size)
+    if frozen:
+        return wide + tile_bytes(shape, device)
     return wide + shape.vocabulary * shape.hidden * size + tile_bytes(shape, device)
 
 
@@ -283,6 +338,7 @@ def _training_parts(
     config: Config,
     shape: Shape,
     size: int,
+    device: str,
     tokens: int,  # a forward pass
     copied: int,  # bytes a token that attention keeps of prompts' keys and values
     gradients: tuple[int, int],  # of sums_bytes
@@ -290,16 +346,19 @@ def _training_parts(
 ) -> tuple[Part, ...]:
     """Besides the weights, what training holds at its peak: where the head's loss is computed and all activations are
     there, in the last layer's backward, or at the end of a step's only micro-batch, when all gradients are."""
-    saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing)
+    lora = config.lora
+    saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing, lora, device)
     saved += copied
-    low, moments = state_bytes(shape, size, config.optim)
+    low, moments = state_bytes(shape, size, config.optim, lora)
     sums, last = gradients
-    layer = recomputed + backward_bytes(shape, size)
+    layer = recomputed + backward_bytes(shape, size, lora)
     embedding = shape.vocabulary * shape.hidden * size
     # A tied head's gradient waits for the embedding's, and then there is their sum; one that is untied waits where it
     # is kept for the end.
     waiting = embedding if shape.tied or last else 0
     arriving = 3 * embedding if shape.tied else 0 if last else shape.largest * size
+    if lora.r:  # neither has a gradient, and an adapter's is small
+        waiting = arriving = 0
     peaks = (
         (sums, tokens * saved, head),
         (sums + waiting, tokens * (saved + layer), 0),
@@ -330,10 +389,15 @@ def _disk(config: Config, shape: Shape, size: int) -> tuple[tuple[str, int], ...
     converted = config.model.path.endswith(".gguf") or config.model.path == "smollm2-135m"
     halfway = config.score.first_round == "sft_half"
     fine_tuned = ["M1"] + ["M1 halfway"] * halfway if config.sft.enabled else []
-    names = [*(["M0"] if converted else []), *fine_tuned, *(f"M{t + 2}" for t in range(T))]
-    rows = [(f"models {', '.join(names)}", len(names) * count * size)]
+    made, adapter = [*fine_tuned, *(f"M{t + 2}" for t in range(T))], 4 * adapter_parameters(shape, config.lora)
+    merged = {"last": made[-1:], "all": [name for name in made if name != "M1 halfway"], "none": []}
+    whole = [*(["M0"] if converted else []), *(merged[config.lora.merge_on_export] if adapter else made)]
+    rows = [(f"models {', '.join(whole)}", len(whole) * count * size)] if whole else []
+    if adapter:
+        rows.append((f"adapters {', '.join(made)}", len(made) * adapter))
     if config.sft.checkpoint_every or config.train.checkpoint_every:
-        each = count * size + sum(state_bytes(shape, size, config.optim))
+        weights = adapter or count * size
+        each = weights + sum(state_bytes(shape, size, config.optim, config.lora))
         rows.append((f"{STEP_CHECKPOINTS} step checkpoints while training", STEP_CHECKPOINTS * each))
     prompts, sample = config.data.prompts_per_iteration, config.sample
     if prompts:

@@ -141,7 +141,7 @@ def lineage(summary: Summary) -> list[tuple[str, str, str, str]]:
     for stage in summary.stages:
         inputs = ", ".join(f"{name} {str(digest)[:12]}" for name, digest in (stage.get("inputs") or {}).items())
         for path, digest in (stage.get("outputs") or {}).items():
-            if Path(path).name in ("model", "m0"):
+            if Path(path).name in ("model", "merged", "m0"):
                 found.append(tuple(map(_cell, (path, stage["stage"], inputs, str(digest)[:12]))))
     return found
 

@@ -57,9 +57,8 @@ def score(
         logp = linear_logp(read(model, packed), weight, packed.targets)
         order += batch
         lengths = packed.cu_seqlens.diff().to(weight.device, non_blocking=True)
-        sums.append(
-            torch.segment_reduce(logp.double(), "sum", lengths=lengths, unsafe=True)
-        )  # what ranks is a difference of such
+        # In float64: what ranks is a difference of such sums.
+        sums.append(torch.segment_reduce(logp.double(), "sum", lengths=lengths, unsafe=True))
         done.tokens += packed.tokens
         done.flops += forward_flops(model, packed)
         tick(len(batch))

@@ -15,7 +15,7 @@ from cream.config import OptimConfig, SFTConfig
 from cream.data import Conversation, encode_conversation
 from cream.dpo import windows
 from cream.log import Metrics, UserError, say
-from cream.meter import forward_flops
+from cream.meter import training_flops
 from cream.model import head
 from cream.optim import Schedule, descend
 from cream.packing import Labelled, Packed, batches, labelled_tokens, pack_labelled, read
@@ -70,7 +70,7 @@ def train(
             loss, packed = shards.within(model, loss_of, micro or [fitting[window[0]]])
             shares = {
                 "sequence_forwards_per_prompt": packed.sequences / len(window),
-                "flops": 3 * forward_flops(model, packed),
+                "flops": training_flops(model, packed),
             }
             if not micro:
                 yield loss * 0, dict.fromkeys(shares, 0.0), 0
@@ -90,6 +90,7 @@ def train(
         keep=work.keep("steps"),
         metrics=metrics,
         optim=optim,
+        seed=seed,
         micro_batches=lambda step: len(micro_batches(step)),
         after=after,
     )

@@ -18,9 +18,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from cream import consistency, dist, doctor, dpo, plan, report, sft
+from cream import consistency, dist, doctor, dpo, lora, plan, report, sft
 from cream.attention import choose
 from cream.checkpoint import hash_tree
 from cream.config import Config, parse, to_yaml
@@ -35,7 +34,7 @@ from cream.data import (
 )
 from cream.evaluate import evaluate
 from cream.log import Metrics, UserError, entry, progress, say
-from cream.model import Resident, choose_dtype, config_value, fetch, import_model, load_tokenizer, model_card, save
+from cream.model import ADAPTER, Resident, choose_dtype, config_value, fetch, import_model, load_tokenizer
 from cream.rows import is_file_name
 from cream.run import Follower, Run, Work, read_rows
 from cream.sample import sample
@@ -96,8 +95,14 @@ class Job:
         if config.run.only is not None and config.run.only not in known:
             raise UserError(f"run.only: no stage {config.run.only!r}; there are {', '.join(known)}")
         data = config.data
+        if config.lora.r:
+            if dist.size() > 1:
+                raise UserError("lora.r: adapters are trained by one process; start without torchrun, or set it to 0")
+            lora.check_peft()
+        if config.sft.path is not None:
+            lora.given(config.sft.path, config.model, config.lora)
         with dist.main_first():
-            self.source, self.gguf = fetch(config.model)
+            self.source, self.given_as = fetch(config.model)
             self.examples = load_prompts(data.prompts)
             self.questions = load_prompts(data.evaluate, split="test") if data.evaluate else []
             self.conversations = load_conversations(data.sft) if config.sft.enabled else []
@@ -136,19 +141,30 @@ class Job:
         return paths
 
     def initial(self) -> Path:
-        """M0 as a Hugging Face directory: the user's own, the hub's, or one converted from GGUF into the run."""
-        if self.gguf is None:
+        """M0 as a Hugging Face directory: the user's own, the hub's, or one made in the run from GGUF or an adapter."""
+        if self.given_as is None:
             m0 = Path(self.source)
         else:
+            make, inputs = import_model, {"gguf": Path(self.source, self.given_as)}
+            if self.given_as == ADAPTER:
+                adapter, base = Path(self.source), lora.base_of(Path(self.source), self.config.model)
+                make, inputs = lora.import_adapter, {"adapter": adapter, "base": base}
             [m0] = self.stage(
                 "import",
-                lambda work: import_model(self.config.model, work.path("m0")),
-                {"gguf": Path(self.source, self.gguf)},
+                lambda work: make(self.config.model, work.path("m0")),
+                inputs,
                 ["m0"],
                 {"dtype": self.numerics["dtype"]},
             )
         self.tokenizer = load_tokenizer(m0)
-        self.resident = Resident(m0, replace(self.config.model, gradient_checkpointing=self.recomputed(m0)))
+        self.m0 = m0
+        model = replace(self.config.model, gradient_checkpointing=self.recomputed(m0))
+        self.resident = Resident(m0, model)
+        if self.config.lora.r:
+            on_hub = self.given_as is None and not Path(model.path).expanduser().is_dir()
+            base = model.path if on_hub else str(m0.absolute())
+            self.resident = lora.Adapted(m0, model, self.config.lora, base=base, seed=self.config.run.seed)
+            self.numerics["base"] = hash_tree(m0)  # a checkpoint's own hash says nothing of what it is over
         return m0
 
     def recomputed(self, m0: Path) -> str:
@@ -236,12 +252,10 @@ class Job:
                 chosen = sorted(dpo.epoch_order(len(conversations), 0, self.config.run.seed)[: data.sft_limit])
                 conversations = [conversations[i] for i in chosen]
             model = self.resident.at(m0, gradients=True)
-            card = model_card(
-                "M1", "M0", {"SFT conversations": len(conversations), **self.lineage(m0, local_files(data.sft))}
-            )
+            facts = {"SFT conversations": len(conversations), **self.lineage(m0, local_files(data.sft))}
 
             def save_half() -> None:
-                self.save(work, "sft/half", model, card)
+                self.resident.save(work.path("sft/half"), self.tokenizer, "M1", "M0", facts)
                 if dist.is_main():
                     work.finish("sft/half")
 
@@ -256,17 +270,20 @@ class Job:
                 optim=self.config.optim,
                 halfway=save_half if half else None,
             )
-            self.save(work, "sft/model", model, card)
+            self.resident.save(work.path("sft/model"), self.tokenizer, "M1", "M0", facts)
 
-        settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
+        settings = {**self.numerics, **asdict(config), **self.learning()}
         settings |= {"sources": data.sft, "limit": data.sft_limit}
         inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
-        return self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings, by_all=True)[0]
+        outputs = ["sft/model"] + ["sft/half"] * half
+        m1 = self.stage("sft", body, inputs, outputs, settings, by_all=True)[0]
+        self.merge(1, m1)
+        return m1
 
     def given(self, path: str) -> Path:
         """The user's own M1, which must read and write M0's tokens."""
-        m1 = Path(fetch(self.config.model, path)[0])
-        if load_tokenizer(m1).get_vocab() != self.tokenizer.get_vocab():
+        m1 = lora.given(path, self.config.model, self.config.lora)
+        if not self.config.lora.r and load_tokenizer(m1).get_vocab() != self.tokenizer.get_vocab():
             raise UserError(f"sft.path: {path} has another vocabulary than model.path: the two cannot score each other")
         return m1
 
@@ -332,18 +349,37 @@ class Job:
             dpo.train(model, rows, config, work, self.metrics, stage=stage, seed=seed, optim=optim)
             [summary] = read_rows(pairs.with_name("ranking.json"))
             facts = {"pairs": len(rows), "mean tau": summary["tau_mean"], "mean agreement": summary["agreement_mean"]}
-            self.save(work, output, model, model_card(f"M{t + 1}", f"M{t}", facts | self.lineage(policy, [pairs])))
+            facts |= self.lineage(policy, [pairs])
+            self.resident.save(work.path(output), self.tokenizer, f"M{t + 1}", f"M{t}", facts)
 
         inputs = {"policy": policy, "pairs": pairs}
-        settings = {**self.numerics, **asdict(config), "optim": asdict(self.config.optim)}
-        return self.stage(stage, body, inputs, [output], settings, by_all=True)[0]
+        settings = {**self.numerics, **asdict(config), **self.learning()}
+        trained = self.stage(stage, body, inputs, [output], settings, by_all=True)[0]
+        self.merge(t + 1, trained)
+        return trained
 
-    def save(self, work: Work, output: str, trained: nn.Module, card: str) -> None:
-        """Write what was trained, from all ranks' parts, as a Hugging Face directory."""
-        model = self.resident.whole(trained)
-        if dist.is_main():
-            save(work.path(output), model, self.tokenizer, card)
-        dist.gather(None)  # who goes on training would wait in a collective, which has less time
+    def learning(self) -> dict[str, dict]:
+        """The settings that both trainings depend on."""
+        optim = {"optim": asdict(self.config.optim)}
+        if not self.config.lora.r:
+            return optim
+        return optim | {"lora": asdict(replace(self.config.lora, merge_on_export="none"))}
+
+    def merge(self, t: int, model: Path) -> None:
+        """M<t> as a whole model beside its adapter, where lora.merge_on_export asks for it."""
+        stage, chosen = merge_stage(t), self.config.lora.merge_on_export
+        asked = stage in (self.until, self.config.run.only)
+        due = chosen == "all" or (chosen == "last" and t == self.config.run.iterations + 1)
+        if not self.config.lora.r and asked:
+            raise UserError(f"{stage}: lora.r is 0, so there is no adapter to merge")
+        if asked or (self.config.lora.r and due and self.config.run.only is None):
+            output = str(Path(stage).with_name("merged"))
+
+            def body(work: Work) -> None:
+                lora.write_merged(work.path(output), self.m0, model, self.config.model, f"M{t}")
+
+            inputs, settings = {"m0": self.m0, "adapter": model}, {"dtype": self.numerics["dtype"]}
+            self.stage(stage, body, inputs, [output], settings)
 
     def evaluate(self, t: int, model: Path, questions: Path) -> None:
         config, stage = self.config.evaluate, f"eval/m{t}"
@@ -381,10 +417,16 @@ def idle(work: Work) -> None:
 def stage_names(iterations: int) -> list[str]:
     """The stages of a run in their order."""
     rounds = (
-        [f"iter{t}/sample", f"iter{t}/score", f"iter{t}/rank", f"iter{t}/train", f"eval/m{t + 1}"]
+        [f"iter{t}/sample", f"iter{t}/score", f"iter{t}/rank", f"iter{t}/train", merge_stage(t + 1), f"eval/m{t + 1}"]
         for t in range(1, iterations + 1)
     )
-    return ["import", "prompts", "eval/m0", "sft", "eval/m1", *(name for names in rounds for name in names)]
+    first = ["import", "prompts", "eval/m0", "sft", merge_stage(1), "eval/m1"]
+    return [*first, *(name for names in rounds for name in names)]
+
+
+def merge_stage(t: int) -> str:
+    """The stage that writes M<t>, an adapter, as a whole model."""
+    return "sft/merge" if t == 1 else f"iter{t - 1}/merge"
 
 
 def local_files(sources: Sequence[str]) -> list[Path]:

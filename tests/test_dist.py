@@ -279,11 +279,18 @@ def test_answers_scores_and_accuracies_are_one_process_to_the_last_bit(start, ti
         }
 
 
-def test_a_mistake_is_one_line_from_all_and_leaves_nothing(start, tiny, tmp_path):
-    job = start(2, "run_train", *arguments(tiny, tmp_path / "run", **{"data.max_prompt_tokens": "5"}))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.max_prompt_tokens": "5"}, "no prompt is within data.max_prompt_tokens=5"),
+        ({"lora.r": "4"}, "lora.r: adapters are trained by one process"),
+    ],
+)
+def test_a_mistake_is_one_line_from_all_and_leaves_nothing(start, tiny, tmp_path, change, message):
+    job = start(2, "run_train", *arguments(tiny, tmp_path / "run", **change))
     assert job.end() == [2, 2] and not (tmp_path / "run").exists()
     [error] = [line for line in job.said() if "error" in line]
-    assert "no prompt is within data.max_prompt_tokens=5" in error
+    assert message in error
 
 
 @pytest.fixture(scope="module")

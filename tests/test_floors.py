@@ -9,22 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     3: {"train", "sft", "evaluate", "report", "doctor"},
     2: {"sample", "score", "consistency", "dpo"},
-    1: {
-        "model",
-        "packing",
-        "meter",
-        "data",
-        "chat",
-        "rows",
-        "tasks",
-        "checkpoint",
-        "shards",
-        "adamw",
-        "optim",
-        "run",
-        "plan",
-    }
-    | {"summary", "plots"},
+    1: {"model", "lora", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "shards", "adamw", "optim"}
+    | {"run", "plan", "summary", "plots"},
     0: {"config", "recipes", "log", "dist", "attention", "__init__"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -53,13 +53,13 @@ def test_no_worse_than_torch(N, V, temperature, dtype):
     assert_no_worse(ours, plain, truth)
 
 
-@pytest.mark.parametrize("ignored", [slice(0, 0), slice(0, 1), slice(29, 30), slice(0, 30)], ids=str)
+@pytest.mark.parametrize("ignored", [slice(0, 0), slice(0, 1), slice(30, 31), slice(0, 31)], ids=str)
 def test_float64_and_ignored_rows(ignored):
-    logits, targets = problem(30, 50_000, torch.float64)  # 3 blocks of at most 10 rows
+    logits, targets = problem(31, 50_000, torch.float64)  # blocks of 10 rows, the last of 1
     targets[ignored] = IGNORE
-    truth = run(reference.gather_logp, logits, targets, upstream(30))
+    truth = run(reference.gather_logp, logits, targets, upstream(31))
     logits[ignored] = torch.nan
-    grad = upstream(30)
+    grad = upstream(31)
     grad[ignored] = torch.nan
     ours = run(gather_logp, logits, targets, grad)
     for a, exact in zip(ours, truth, strict=True):
@@ -147,7 +147,45 @@ def test_second_derivative_is_refused():
 def test_opcheck():
     logits, targets = problem(5, 40)
     targets[2] = IGNORE
-    torch.library.opcheck(module._gather_logp, (logits.requires_grad_(), targets, 0.5))
+    torch.library.opcheck(module._gather_logp, (logits.detach().requires_grad_(), targets, 0.5, False))
+    logp, *statistics = module._gather_logp(logits, targets, 0.5, True)
+    torch.library.opcheck(
+        module._gather_logp_backward_, (torch.ones(5), logits.clone(), targets, logp, *statistics, 0.5)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_in_place_is_the_same_gradient_in_the_logits_own_memory(dtype):
+    logits, targets = problem(37, 2300)
+    targets[::5] = IGNORE
+    leaf = logits.to(dtype).requires_grad_()
+    logp = gather_logp(leaf, targets, temperature=0.7)
+    (plain,) = torch.autograd.grad(logp, leaf, upstream(37).to(logp.dtype))
+    made = leaf * 1  # not a leaf, as the output of a head is not
+    before, where = made.detach().clone(), made.data_ptr()
+    logp = gather_logp(made, targets, temperature=0.7, inplace_backward=True)
+    assert torch.equal(made.detach(), before)
+    (ours,) = torch.autograd.grad(logp, made, upstream(37).to(logp.dtype), retain_graph=True)
+    assert ours.data_ptr() == where and torch.equal(ours, plain)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(logp, made, upstream(37).to(logp.dtype))
+
+
+def test_in_place_reaches_what_made_the_logits():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 4, generator=generator), torch.randn(50, 4, generator=generator).requires_grad_()
+    targets = torch.arange(9)
+    for inplace in (False, True):
+        compiled = torch.compile(
+            lambda w, inplace=inplace: gather_logp(hidden @ w.T, targets, inplace_backward=inplace).sum(),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        (ours,) = torch.autograd.grad(compiled(weight), weight)
+        (eager,) = torch.autograd.grad(gather_logp(hidden @ weight.T, targets, inplace_backward=inplace).sum(), weight)
+        (truth,) = torch.autograd.grad(reference.gather_logp(hidden @ weight.T, targets).sum(), weight)
+        torch.testing.assert_close(ours, truth)
+        torch.testing.assert_close(eager, truth)
 
 
 def test_compiles_without_a_graph_break():

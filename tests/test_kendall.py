@@ -156,7 +156,7 @@ def test_long_ranking_is_not_quadratic(monkeypatch):
 
 
 def large():
-    return rankings(120_000, 10, dtype=np.float32)
+    return rankings(120_001, 10, dtype=np.float32)  # which 3 threads do not divide
 
 
 def compute(numbers):
@@ -183,6 +183,18 @@ def test_child_forked_after_a_parallel_call(monkeypatch):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for tau in pool.map_async(compute, [numbers] * 4).get(timeout=60):
             assert np.array_equal(tau, expected, equal_nan=True)
+
+
+def test_many_small_calls_load_numba_in_the_end(monkeypatch):
+    module._compiled.cache_clear()
+    monkeypatch.setattr(module, "_done_by_numpy", 0)
+    monkeypatch.setattr(module, "_NUMPY_COMPARISONS", 40)
+    by_numpy = []
+    monkeypatch.setattr(module, "_count_numpy", lambda *given, f=module._count_numpy: by_numpy.append(1) or f(*given))
+    x, y = rankings(1, 6)  # 15 comparisons
+    taus = [kendall_tau(x, y) for _ in range(4)]
+    assert len(by_numpy) == 2 + 1  # numba answers the third; the fourth is so little that NumPy is faster all the same
+    assert all(np.array_equal(tau, taus[0]) for tau in taus)
 
 
 def test_without_numba(monkeypatch):

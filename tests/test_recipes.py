@@ -10,6 +10,7 @@ from cream.config import Config, keys, load_recipe, to_yaml
 from cream.log import UserError
 
 LLAMAS = ["llama2-7b", "llama3-8b"]
+LORA = "llama2-7b-lora"
 
 # The table of hyper-parameters as the released code (Raibows/CREAM at de1d04b) and its README have it, and the paper's
 # N = 5, Kendall, C = (tau + 1) / 2 over the round. 32 is 4 a GPU on 8 GPUs.
@@ -58,7 +59,7 @@ def value(config: Config, key: str):
 
 
 def test_these_are_shipped():
-    assert recipes.names() == ["llama2-7b", "llama3-8b", "smoke", "smollm2-135m"]
+    assert recipes.names() == ["llama2-7b", "llama2-7b-lora", "llama3-8b", "smoke", "smollm2-135m"]
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -76,7 +77,7 @@ def test_a_recipe_as_yaml_is_the_same_recipe(name, tmp_path):
     assert load_recipe(str(tmp_path / "config.yaml")) == load_recipe(name)
 
 
-@pytest.mark.parametrize("name", LLAMAS)
+@pytest.mark.parametrize("name", [*LLAMAS, LORA])
 def test_llama_recipes_state_the_papers_hyper_parameters(name):
     config = load_recipe(name)
     assert {key: value(config, key) for key in PAPER} == PAPER
@@ -92,7 +93,7 @@ def test_the_defaults_are_the_papers_too():
         assert value(config, key) == PAPER[key], key
 
 
-@pytest.mark.parametrize("name", LLAMAS)
+@pytest.mark.parametrize("name", [*LLAMAS, LORA])
 def test_llama_recipes_name_the_five_tasks_and_the_sft_data(name):
     data = load_recipe(name).data
     tasks = ["ai2_arc:ARC-Easy", "ai2_arc:ARC-Challenge", "openbookqa", "social_i_qa", "gsm8k"]
@@ -115,6 +116,17 @@ def test_the_llama_recipes_differ_in_model_and_directory_only():
         "meta-llama/Llama-2-7b-chat-hf",
         "meta-llama/Meta-Llama-3-8B-Instruct",
     )
+
+
+def test_the_lora_recipe_differs_in_adapters_and_memory_only():
+    """The released code's --use_lora: r 32, alpha 64, dropout 0.1."""
+    full, adapted = load_recipe("llama2-7b"), load_recipe(LORA)
+    memory = {"model.gradient_checkpointing", "optim.moments", "optim.sums", "sft.batch_tokens", "sample.batch_size"}
+    memory |= {"train.batch_tokens", "evaluate.batch_size"}
+    changed = {key for key in keys() if "." in key and value(full, key) != value(adapted, key)}
+    assert changed == {"run.dir", "lora.r"} | memory
+    assert (adapted.lora.r, adapted.lora.alpha, adapted.lora.dropout, len(adapted.lora.targets)) == (32, 64, 0.1, 7)
+    assert {"lora.r", "lora.alpha", "lora.dropout", "lora.targets"} <= recipes.read(LORA).keys()
 
 
 # config.json of the two models, by hand: the repositories are gated.
@@ -159,7 +171,7 @@ def test_smoke_has_the_built_in_prompts_that_it_asks_for():
     assert len(data.load_conversations(config.data.sft)) >= config.data.sft_limit
 
 
-@pytest.mark.parametrize("name", LLAMAS + ["smollm2-135m"])
+@pytest.mark.parametrize("name", [*LLAMAS, LORA, "smollm2-135m"])
 def test_hub_sources_are_ones_that_the_loader_knows(name):
     data = pytest.importorskip("cream.data")
     sources = load_recipe(name).data

@@ -14,9 +14,10 @@ reference.py says what each of them means. Needs torch; numba and triton are imp
 from .gather_logp import gather_logp
 from .kendall import kendall_tau
 from .linear_logp import linear_logp
+from .linear_weighted_dpo import linear_weighted_dpo
 from .reference import IGNORE
 from .top_p import top_p_sample
-from .weighted_dpo import linear_weighted_dpo, weighted_dpo
+from .weighted_dpo import weighted_dpo
 
 __all__ = [
     "IGNORE",

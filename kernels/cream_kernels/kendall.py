@@ -25,6 +25,7 @@ from torch import Tensor
 # Importing numba and loading the cached loops takes about as long as NumPy needs for this many comparisons.
 _NUMPY_COMPARISONS = 2**27
 _NUMPY_COMPARISONS_WITH_NUMBA_LOADED = 2**10
+_done_by_numpy = 0  # comparisons, as long as numba is not loaded
 _LONGEST_PAIR_COUNTED = 512
 _LANES = 32
 
@@ -79,8 +80,7 @@ def _count(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # (P, 3) int64
     """Of each row: pairs ranked alike less oppositely, untied in x, untied in y. Any numbers, where there is a nan."""
     num_rows, length = x.shape
     comparisons = num_rows * length * (length - 1) // 2
-    limit = _NUMPY_COMPARISONS_WITH_NUMBA_LOADED if _compiled.cache_info().currsize else _NUMPY_COMPARISONS
-    if comparisons <= limit:
+    if _numpy_does(comparisons):
         return _count_numpy(x, y)
     try:
         count = _compiled(_count_pairs if length <= _LONGEST_PAIR_COUNTED else _count_merging)
@@ -109,6 +109,16 @@ def _count(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # (P, 3) int64
         with ThreadPoolExecutor(num_threads) as pool:
             list(pool.map(work, blocks))
     return counts
+
+
+def _numpy_does(comparisons: int) -> bool:
+    """Whether NumPy is to answer. Before numba is loaded, what NumPy has done so far counts too, so that a program of
+    many small calls loads it once that would have paid, and loses at most as much again."""
+    global _done_by_numpy
+    if _compiled.cache_info().currsize:
+        return comparisons <= _NUMPY_COMPARISONS_WITH_NUMBA_LOADED
+    _done_by_numpy += comparisons
+    return _done_by_numpy <= _NUMPY_COMPARISONS
 
 
 def _count_numpy(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 1  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 2  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -58,6 +58,54 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_double,  # temperature
         ctypes.c_double,  # top_p
         ctypes.c_void_p,  # tokens
+        ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
+    ]
+    library.cream_bf16_available.restype = ctypes.c_int
+    library.cream_linear_logp_statistics.restype = ctypes.c_int
+    library.cream_linear_logp_statistics.argtypes = [
+        ctypes.c_void_p,  # hidden
+        ctypes.c_int64,  # N
+        ctypes.c_int64,  # D
+        ctypes.c_int64,  # its row stride, elements
+        ctypes.c_void_p,  # weight
+        ctypes.c_int64,  # V
+        ctypes.c_int64,  # its row stride
+        ctypes.c_void_p,  # targets
+        ctypes.c_void_p,  # bias or None
+        ctypes.c_double,  # factor
+        ctypes.c_double,  # ceiling
+        ctypes.c_void_p,  # maximum
+        ctypes.c_void_p,  # others
+        ctypes.c_void_p,  # target logit
+        ctypes.c_void_p,  # moment or None
+        ctypes.c_int,  # threads
+    ]
+    library.cream_logits_tile.restype = ctypes.c_int
+    library.cream_logits_tile.argtypes = [
+        ctypes.c_void_p,  # hidden
+        ctypes.c_int64,  # n
+        ctypes.c_int64,  # D
+        ctypes.c_int64,  # its row stride
+        ctypes.c_void_p,  # weight
+        ctypes.c_int64,  # c
+        ctypes.c_int64,  # its row stride
+        ctypes.c_void_p,  # out
+        ctypes.c_int64,  # its row stride
+        ctypes.c_int,  # threads
+    ]
+    library.cream_fold_tile.restype = ctypes.c_int
+    library.cream_fold_tile.argtypes = [
+        ctypes.c_void_p,  # tile
+        ctypes.c_int64,  # n
+        ctypes.c_int64,  # c
+        ctypes.c_int64,  # row stride
+        ctypes.c_void_p,  # columns
+        ctypes.c_void_p,  # maximum
+        ctypes.c_void_p,  # others
+        ctypes.c_void_p,  # target logit
+        ctypes.c_void_p,  # moment or None
+        ctypes.c_void_p,  # shrink
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]

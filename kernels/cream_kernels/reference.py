@@ -24,11 +24,7 @@ def gather_logp(
     temperature: float = 1.0,
 ) -> Tensor:  # (N,) float32, nats
     """log softmax(logits / temperature)[n, targets[n]]; 0 where targets[n] is IGNORE."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    counts = targets != IGNORE
-    logp = wide.new_zeros(targets.shape)
-    picked = functional.log_softmax(wide[counts] / temperature, dim=-1).gather(1, targets[counts, None])
-    return logp.index_put((counts,), picked[:, 0])
+    return _logp_and_entropy(_widen(logits) / temperature, targets)[0]
 
 
 def linear_logp(
@@ -38,9 +34,32 @@ def linear_logp(
     *,
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
-) -> Tensor:  # (N,) float32, nats
-    """log softmax((hidden @ weight.T + bias) / temperature)[n, targets[n]]; 0 where targets[n] is IGNORE."""
-    return gather_logp(functional.linear(hidden, weight, bias), targets, temperature=temperature)
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (N,) float32, nats; with return_entropy two of them
+    """log softmax(z)[n, targets[n]], z = scale * (hidden @ weight.T + bias), capped, / temperature; 0 where IGNORE.
+
+    Capped is softcap * tanh(. / softcap), or nothing where softcap is 0. The entropy is that of softmax(z).
+    """
+    logits = scale * _widen(functional.linear(hidden, weight, bias))
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp, entropy = _logp_and_entropy(logits / temperature, targets)
+    return (logp, entropy.detach()) if return_entropy else logp
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _logp_and_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # (N, V), (N,) -> (N,), (N,)
+    counts = targets != IGNORE
+    rows = functional.log_softmax(logits[counts], dim=-1)
+    picked = rows.gather(1, targets[counts, None])[:, 0]
+    entropy = -(rows.exp() * rows.masked_fill(rows == -math.inf, 0.0)).sum(-1)
+    zeros = logits.new_zeros(targets.shape)
+    return zeros.index_put((counts,), picked), zeros.index_put((counts,), entropy)
 
 
 def weighted_dpo(

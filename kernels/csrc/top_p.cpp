@@ -252,7 +252,7 @@ Row* row_for(int isa) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int cream_native_abi() { return 1; }  // native.py refuses a library of another number
+EXPORT int cream_native_abi() { return 2; }  // native.py refuses a library of another number
 
 EXPORT int cream_top_p_isa() {
   for (int isa : {2, 1})

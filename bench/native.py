@@ -1,0 +1,153 @@
+"""Time the native head's pieces against the torch they replace: python -m bench.native
+
+bfloat16 models; N rows, D hidden size, V vocabulary. Nothing is timed before it was held to float64, and each row says
+how far off it was. Tiles are as large as linear_logp's on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench import harness
+from cream_kernels import linear_logp, native
+from cream_kernels import linear_logp_native as ours
+
+MODELS = {"SmolLM2-135M": (576, 49152), "Llama-2-7B": (4096, 32000)}  # D, V
+TILE = 512, 1024  # rows, vocabulary
+SAMPLE = 64  # rows of a whole head that are held to float64
+LOGITS_ONLY = "bf16 logits only"
+
+
+def problem(N: int, D: int, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, D), weight (V, D) and targets (N,), with logits of order 10."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=g).bfloat16()
+    weight = torch.randn(V, D, generator=g).mul_(3 / D**0.5).bfloat16()
+    return hidden, weight, torch.randint(V, (N,), generator=g)
+
+
+def logp64(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """In float64, of the first SAMPLE rows."""
+    logits = [hidden[:SAMPLE].double() @ part.double().T for part in weight.split(4096)]
+    return torch.cat(logits, 1).log_softmax(1).gather(1, targets[:SAMPLE, None])[:, 0]
+
+
+def score_native(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    maximum, others, target_logit, _ = ours.statistics(hidden, weight, targets)
+    return functional.logsigmoid(target_logit - maximum - others.log())
+
+
+def score_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    with torch.no_grad(), mock.patch.object(native, "_decide", lambda: (None, "left out")):
+        return linear_logp(hidden, weight, targets)
+
+
+def score_plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+def fold_torch_(tile: Tensor, columns: Tensor, maximum: Tensor, others: Tensor, target_logit: Tensor) -> Tensor:
+    """What ours.fold_tile_ does, in torch's passes."""
+    inside = (columns >= 0) & (columns < tile.shape[1])
+    columns = columns.clamp(0, tile.shape[1] - 1)[:, None]
+    picked = tile.gather(1, columns)
+    tile.scatter_(1, columns, picked.masked_fill(inside[:, None], -torch.inf))
+    target_logit.copy_(torch.where(inside, picked[:, 0], target_logit))
+    highest = torch.maximum(maximum, tile.amax(1))
+    shrink = (maximum - highest).exp_()
+    tile.sub_(highest[:, None]).exp_()
+    others.mul_(shrink).add_(tile.sum(1))
+    maximum.copy_(highest)
+    return shrink
+
+
+def head(N: int, D: int, V: int) -> tuple[Tensor, dict[str, Callable]]:
+    """Scoring whole: what float64 makes of the first rows, and the implementations, of which one makes logits only."""
+    given = problem(N, D, V)
+    hidden, weight, _ = given
+    return logp64(*given), {
+        "native": lambda: score_native(*given)[:SAMPLE],
+        "cream torch": lambda: score_torch(*given)[:SAMPLE],
+        "log_softmax": lambda: score_plain(*given)[:SAMPLE],
+        LOGITS_ONLY: lambda: hidden @ weight.T,
+    }
+
+
+def tile_of_logits(n: int, D: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
+    hidden, weight, _ = problem(n, D, c)
+    wide, out = hidden.float(), torch.empty(n, c)
+    return hidden.double() @ weight.double().T, {
+        "native": lambda: ours.logits_tile(hidden, weight, out),
+        "cream torch": lambda: torch.mm(wide, weight.float().T, out=out),
+    }
+
+
+def fold_of_a_tile(n: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
+    """The sum of exponentials. Copying the logits into the tile is timed with it."""
+    g = torch.Generator().manual_seed(2)
+    logits, columns = torch.randn(n, c, generator=g) * 3, torch.randint(-24 * c, 24 * c, (n,), generator=g)
+    tile, state = torch.empty(n, c), torch.empty(3, n)
+
+    def run(fold: Callable) -> Tensor:
+        for values, start in zip(state, (torch.finfo(torch.float32).min, 0, torch.nan), strict=True):
+            values.fill_(start)
+        fold(tile.copy_(logits), columns, *state)
+        return state[1]
+
+    rest = logits.double()
+    mine = ((columns >= 0) & (columns < c)).nonzero()[:, 0]
+    rest[mine, columns[mine]] = -torch.inf
+    truth = (rest - rest.amax(1, keepdim=True)).exp().sum(1)
+    return truth, {"native": lambda: run(ours.fold_tile_), "cream torch": lambda: run(fold_torch_)}
+
+
+def check(truth: Tensor, run: dict[str, Callable]) -> dict[str, float]:
+    """Each implementation's relative error; stops where the native one's is the larger."""
+    errors = {}
+    for name in run.keys() - {LOGITS_ONLY}:
+        errors[name] = float((run[name]() - truth).norm() / truth.norm())
+    assert errors["native"] <= 1.25 * errors["cream torch"] + 1e-7, errors
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    a_row = torch.empty(1, 2, dtype=torch.bfloat16)
+    if reason := ours.why_not(a_row, a_row):
+        raise SystemExit(f"nothing to measure: {reason}")
+    n, c = TILE
+    pieces = [("fold tile", [n, c], partial(fold_of_a_tile, n, c))]
+    for model in args.models:
+        D, V = MODELS[model]
+        pieces += [(f"score, {model}", [N, D, V], partial(head, N, D, V)) for N in args.rows]
+        pieces += [(f"logits tile, {model}", [n, D, c], partial(tile_of_logits, n, D, c))]
+    rows = []
+    for piece, shape, prepare in pieces:
+        truth, run = prepare()
+        errors = check(truth, run)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            known = harness.facts("cpu") | {"piece": piece, "shape": shape}
+            repeats = args.repeats if run.keys() & {LOGITS_ONLY} else 10 * args.repeats  # a tile takes milliseconds
+            for name, ms in harness.interleave(run, repeats, "cpu").items():
+                row = known | {"impl": name, "error": errors.get(name)} | harness.spread(ms)
+                rows.append(row)
+                times = f"{row['ms']:9.3f} ms  ({row['p20']:.3f} to {row['p80']:.3f})"
+                print(f"{piece:25} {shape!s:18} {threads} threads  {name:16} {times}", flush=True)
+    harness.record("native", rows)
+
+
+if __name__ == "__main__":
+    main()

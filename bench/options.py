@@ -1,0 +1,73 @@
+"""The command line that every benchmark shares."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.shapes import HEADS
+
+# Seconds of timed turns a case, three turns at least
+BUDGET = {"tiny": 0.0, "small": 3.0, "cpu": 30.0, "full": 2.0}
+REPEATS = {"tiny": 3, "small": 5, "cpu": 15, "full": 50}
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = p.add_mutually_exclusive_group()
+    for name, text in {
+        "tiny": "shapes of no model: does it run?",
+        "small": "one real head, few tokens: all benchmarks in minutes on 2 cores",
+        "full": "what a GPU can show; the default where there is one",
+    }.items():
+        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=text)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--peers", type=words, help="names with commas; default: all that are installed and can run")
+    p.add_argument("--models", type=words, help="only these of the size's models")
+    p.add_argument("--tokens", type=lambda text: [int(word) for word in words(text)], help="only these token counts")
+    p.add_argument("--dtypes", type=words, help="float32, bfloat16")
+    p.add_argument("--modes", type=words, help="only these of the benchmark's modes")
+    p.add_argument("--repeats", type=int, help="turns at most")
+    p.add_argument("--budget", type=float, help="seconds of turns a case, three turns at least")
+    p.add_argument("--no-memory", dest="memory", action="store_false", help="no peaks (on a CPU they need processes)")
+    p.add_argument("--results", type=Path, help="folder for the rows; default: bench/results")
+    return p
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the device and the size."""
+    args.size = args.size or ("full" if args.device == "cuda" else "cpu")
+    args.budget = BUDGET[args.size] if args.budget is None else args.budget
+    args.repeats = args.repeats or REPEATS[args.size]
+    args.dtypes = args.dtypes or (["bfloat16"] if args.size == "full" else ["float32", "bfloat16"])
+    return args
+
+
+def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    return resolve(parser(description).parse_args(argv))
+
+
+def chosen(asked: list | None, offered: Sequence, what: str) -> list:
+    """The offered ones that were asked for, all if nothing was; SystemExit(2) for a name that is not offered."""
+    unknown = [name for name in asked or [] if name not in offered]
+    if unknown:
+        raise SystemExit(f"bench: no {what} {unknown[0]!r} here; there are {', '.join(map(str, offered))}")
+    return [name for name in offered if asked is None or name in asked]
+
+
+def heads(args: argparse.Namespace, sizes: dict[str, list[tuple[str, int]]]) -> list[tuple[str, int]]:
+    """(model, tokens) of the size; models and token counts that are named replace the size's own."""
+    pairs = sizes[args.size]
+    models = chosen(args.models, [*HEADS], "model") if args.models else list(dict.fromkeys(m for m, _ in pairs))
+    return [
+        (model, N)
+        for model in models
+        for N in args.tokens or sorted({n for m, n in pairs if m == model} or {n for _, n in pairs})
+    ]

@@ -1,0 +1,145 @@
+"""linear_logp's pieces in C++ for CPUs: bfloat16 products that keep float32, and the passes over a tile in one.
+
+N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
+linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
+
+Callers ask why_not (AVX512-BF16: statistics, logits_tile) or why_not_fold (AVX2: fold_tile_) first. No result depends
+on the number of threads, which is torch's. Sources: kernels/csrc/{linear_logp,logits_tile,fold}.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+def why_not(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why these two cannot go to statistics or logits_tile, without a full stop; None where they can."""
+    if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        return f"the native products are of bfloat16 on a CPU, not {hidden.dtype} on {hidden.device.type}"
+    if hidden.shape[1] == 0:
+        return "hidden has no columns"
+    library = native.load()
+    if library is None:
+        return native.why_not()
+    return None if library.cream_bf16_available() else "this processor has no AVX512-BF16, or the compiler had none"
+
+
+def why_not_fold(tile: Tensor) -> str | None:
+    """The same for fold_tile_."""
+    if tile.device.type != "cpu" or tile.dtype != torch.float32:
+        return f"the native fold is of float32 on a CPU, not {tile.dtype} on {tile.device.type}"
+    library = native.load()
+    if library is None:
+        return native.why_not()
+    return None if library.cream_top_p_isa() else "this processor has no AVX2, without which torch is faster"
+
+
+def statistics(
+    hidden: Tensor,  # (N, D) bfloat16, any strides
+    weight: Tensor,  # (V, D) bfloat16
+    targets: Tensor,  # (N,) int64
+    bias: Tensor | None = None,  # (V,) any floating dtype
+    factor: float = 1.0,
+    ceiling: float = 0.0,  # 0: none
+    want_moment: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # maximum, others, target_logit, moment, all (N,) float32
+    """What linear_logp keeps of the logits, which are float32 sums and never stored.
+
+    maximum and others leave the target out, as linear_logp.py has it, and maximum is the lowest finite number where
+    nothing but the target is above -inf. moment = sum over v != y of exp(z_v - maximum) * (z_v - maximum), for the
+    entropy. A target outside [0, V) leaves target_logit nan and takes nothing out of the sum. A row with a nan among
+    its other logits gets nan, and no other row does.
+
+    2NDV floating-point operations; memory is a packed copy of hidden, 64 rows of weight a thread, and 12 bytes a row
+    for every 512 tokens of the vocabulary.
+    """
+    hidden, weight = _dense_rows(hidden), _dense_rows(weight)
+    targets = targets.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    results = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4 if want_moment else 3)]
+    done = native.load().cream_linear_logp_statistics(
+        hidden.data_ptr(),
+        *hidden.shape,
+        hidden.stride(0),
+        weight.data_ptr(),
+        weight.shape[0],
+        weight.stride(0),
+        targets.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        factor,
+        ceiling,
+        *(result.data_ptr() for result in results),
+        *([] if want_moment else [None]),
+        torch.get_num_threads(),
+    )
+    _check(done)
+    return tuple(results) if want_moment else (*results, None)
+
+
+def logits_tile(
+    hidden: Tensor,  # (n, D) bfloat16, any strides
+    weight: Tensor,  # (c, D) bfloat16
+    out: Tensor,  # (n, c) float32, columns dense
+) -> Tensor:  # out
+    """hidden @ weight.T, summed and kept in float32, which torch has not on CPUs."""
+    assert out.dtype == torch.float32 and (out.stride(1) == 1 or out.shape[1] == 1)
+    hidden, weight = _dense_rows(hidden), _dense_rows(weight)
+    done = native.load().cream_logits_tile(
+        hidden.data_ptr(),
+        *hidden.shape,
+        hidden.stride(0),
+        weight.data_ptr(),
+        weight.shape[0],
+        weight.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+    _check(done)
+    return out
+
+
+def fold_tile_(
+    tile: Tensor,  # (n, c) float32 logits, columns dense; becomes exp(logit - the new maximum), 0 at the target
+    columns: Tensor,  # (n,) int64, target less the tile's first column; outside [0, c) for most rows
+    maximum: Tensor,  # (n,) float32, as the next three: updated in place
+    others: Tensor,  # (n,)
+    target_logit: Tensor,  # (n,)
+    moment: Tensor | None = None,  # (n,), see statistics
+) -> Tensor:  # (n,) float32: exp(old maximum - new maximum), what sums over earlier tiles shrink by
+    """One step of the online logsumexp: take the target out, find the maximum, exponentials and their sum.
+
+    Exponentials below 1e-38 are 0. One pass over the tile, a row at a time, where torch takes six.
+    """
+    assert tile.stride(1) == 1 or tile.shape[1] == 1
+    columns = columns.contiguous()
+    kept = [maximum, others, target_logit, *([] if moment is None else [moment])]
+    assert all(values.is_contiguous() and values.dtype == torch.float32 for values in kept)
+    shrink = torch.empty_like(maximum)
+    library = native.load()
+    done = library.cream_fold_tile(
+        tile.data_ptr(),
+        *tile.shape,
+        tile.stride(0),
+        columns.data_ptr(),
+        *(values.data_ptr() for values in kept),
+        *([None] if moment is None else []),
+        shrink.data_ptr(),
+        torch.get_num_threads(),
+        library.cream_top_p_isa(),
+    )
+    _check(done)
+    return shrink
+
+
+def _dense_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _check(done: int) -> None:
+    assert done != -1, "the native kernel is not there: ask why_not first"
+    if done == -2:
+        raise MemoryError("no memory for the native kernels' packed operands")

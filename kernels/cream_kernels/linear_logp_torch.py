@@ -1,0 +1,298 @@
+"""The torch body of linear_logp: 2-D tiles (rows x vocabulary) with an online logsumexp. CPUs, and whatever else.
+
+N tokens (rows), n of them that count, D hidden size, V vocabulary, c columns of a tile. Only a tile of logits exists at
+a time, in float32 also for bfloat16 inputs. The algebra is at the head of linear_logp.py. linear_weighted_dpo walks the
+same tiles, and holds on to those of a chunk. On CPUs the C++ pieces of linear_logp_native.py take the place of torch's
+where they can: the product of a bfloat16 tile, the passes over a tile, and the whole of a forward without a direction.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import linear_logp_native as in_cpp
+from .reference import IGNORE
+
+
+class Squash(NamedTuple):
+    """What stands between a product x and its logit z: factor * x, or ceiling * tanh(factor * x) where ceiling > 0."""
+
+    factor: float
+    ceiling: float
+
+    @classmethod
+    def of(cls, scale: float, softcap: float, temperature: float) -> Squash:
+        if softcap > 0:
+            return cls(scale / softcap, softcap / temperature)
+        return cls(scale / temperature, 0.0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """z, in place of x."""
+        if self.ceiling > 0:
+            return x.mul_(self.factor).tanh_().mul_(self.ceiling)
+        return x if self.factor == 1.0 else x.mul_(self.factor)
+
+    def bend(self, z: Tensor) -> Tensor | None:
+        """dz/dx / factor in z's shape, or None where there is no ceiling and it is 1."""
+        return self.ceiling - z * z / self.ceiling if self.ceiling > 0 else None
+
+
+class Statistics(NamedTuple):
+    """What the tiles that went by have left of each row, all (n,) and wide, updated in place.
+
+    maximum starts at the lowest finite number: from -inf, a tile of nothing but -inf (the target alone in its tile, a
+    bias that forbids tokens) would make -inf - -inf. A target that no tile holds leaves its row nan.
+    """
+
+    maximum: Tensor  # of the logits but the target's
+    others: Tensor  # sum over v != target of exp(z_v - maximum)
+    target_logit: Tensor
+    moment: Tensor | None  # sum over v != target of exp(z_v - maximum) * (z_v - maximum), for the entropy
+
+    @classmethod
+    def empty(cls, num_rows: int, like: Tensor, want_moment: bool = False) -> Statistics:
+        dtype = wide_dtype(like)
+        maximum = like.new_full((num_rows,), torch.finfo(dtype).min, dtype=dtype)
+        zeros = torch.zeros_like(maximum)
+        return cls(maximum, zeros, torch.full_like(maximum, torch.nan), zeros.clone() if want_moment else None)
+
+    def of(self, rows: slice) -> Statistics:
+        return Statistics(*(None if values is None else values[rows] for values in self))
+
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """logp and, where there is a moment, entropy: (n,) each."""
+        log_others, above = self.others.log(), self.target_logit - self.maximum
+        logp = functional.logsigmoid(above - log_others)
+        if self.moment is None:
+            return logp, None
+        # -sum p log p with the target's part written as -logp + (1 - p_y) above, which does not cancel; where p_y is 0,
+        # above is -inf, and log others is the logsumexp.
+        of_target = torch.where(above == -torch.inf, log_others, -logp - torch.expm1(logp) * above)
+        return logp, of_target - self.moment * share_of_others(logp, self.others)
+
+
+def share_of_others(logp: Tensor, others: Tensor) -> Tensor:  # (n,) each
+    """p_v / exp(z_v - maximum) for v != target: (1 - p_target) / others, and 0 where there are no others."""
+    return torch.where(others == 0, 0.0, -torch.expm1(logp) / others)
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to accumulate in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    """(rows, vocabulary) of a tile. On a CPU 2 MB of float32 stay in cache; elsewhere launches are what costs."""
+    return (512, 1024) if device.type == "cpu" else (4096, 16384)
+
+
+def rows_that_count(targets: Tensor, num_classes: int) -> Tensor | None:
+    """Indices (K,) of the rows whose target is not IGNORE, or None where that is all of them.
+
+    Looks at the values, and so waits for a GPU once. On a CPU, where looking is free, also checks the range.
+    """
+    counts = targets != IGNORE
+    if targets.device.type == "cpu":
+        wrong = counts & ((targets < 0) | (targets >= num_classes))
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(f"targets[{row}] is {int(targets[row])}: must be in [0, {num_classes}) or {IGNORE}")
+    kept = counts.nonzero()[:, 0]
+    return None if kept.numel() == targets.numel() else kept
+
+
+def scatter_rows(rows: Tensor, kept: Tensor | None, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Put rows (K, ...) back at kept in (num_rows, ...), 0 elsewhere."""
+    if kept is None:
+        return rows.to(dtype)
+    return rows.new_zeros((num_rows, *rows.shape[1:]), dtype=dtype).index_copy_(0, kept, rows.to(dtype))
+
+
+class Products(NamedTuple):
+    """The operands of logits tiles, as the product that serves here wants them."""
+
+    hidden: Tensor  # (n, D) wide, or bfloat16 where C++ keeps its products in float32
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    squash: Squash
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, squash: Squash) -> Products:
+        served = in_cpp.why_not(hidden, weight) is None
+        return cls(hidden if served else hidden.to(wide_dtype(hidden)), weight, bias, squash)
+
+    def tile(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:  # (n, c) wide logits
+        hidden, weight = self.hidden[rows], self.weight[columns]
+        if hidden.dtype == torch.bfloat16:
+            if out is None:
+                out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+            in_cpp.logits_tile(hidden, weight, out)
+        else:
+            out = torch.mm(hidden, weight.to(hidden.dtype).T, out=out)
+        if self.bias is not None:
+            out += self.bias[columns]
+        return self.squash(out)
+
+
+def take_targets_(
+    tile: Tensor,  # (n, c) logits; the targets' entries become -inf
+    columns: Tensor,  # (n,) int64, target less the tile's first column; outside [0, c) for most rows
+) -> tuple[Tensor, Tensor]:  # (n,) bool: the target is in this tile; (n,) its logit, where so
+    inside = (columns >= 0) & (columns < tile.shape[1])
+    columns = columns.clamp(0, tile.shape[1] - 1)[:, None]
+    picked = tile.gather(1, columns)
+    tile.scatter_(1, columns, picked.masked_fill(inside[:, None], -torch.inf))
+    return inside, picked[:, 0]
+
+
+def fold_tile_(
+    tile: Tensor,  # (n, c) logits; becomes exp(z - highest), 0 at the targets
+    columns: Tensor,  # (n,) int64, target less the tile's first column
+    so_far: Statistics,  # of the same rows, updated
+) -> Tensor:  # (n,) exp(the maximum before - the maximum now)
+    if in_cpp.why_not_fold(tile) is None:
+        return in_cpp.fold_tile_(tile, columns, *so_far)
+    inside, picked = take_targets_(tile, columns)
+    so_far.target_logit.copy_(torch.where(inside, picked, so_far.target_logit))
+    highest = torch.maximum(so_far.maximum, tile.amax(1))
+    move = so_far.maximum - highest
+    shrink = move.exp()
+    tile.sub_(highest[:, None])
+    if so_far.moment is None:
+        tile.exp_()
+    else:
+        distance = tile.masked_fill(tile == -torch.inf, 0.0)  # exp is 0 there, and 0 * inf would be nan
+        local = (tile.exp_() * distance).sum(1)
+        so_far.moment.add_(so_far.others * move).mul_(shrink).add_(local)
+    so_far.others.mul_(shrink).add_(tile.sum(1))
+    so_far.maximum.copy_(highest)
+    return shrink
+
+
+def target_weights(
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (n,)
+) -> Tensor:  # (n, D) wide
+    return weight.index_select(0, targets.clamp(0, weight.shape[0] - 1)).to(wide_dtype(weight))
+
+
+def coefficients_(
+    tile: Tensor,  # (n, c) wide; may be overwritten
+    scale: Tensor,  # (n,) wide
+    dtype: torch.dtype,
+) -> Tensor:  # (n, c) in dtype
+    """Each row of the tile times its scale, rounded once: the operand of gradient products in the model's dtype, as
+    autograd of a linear layer would have it.
+
+    The targets' own coefficients are left out of them: they are most of a gradient, and are multiplied out in float32.
+    In bfloat16 that spares dhidden and dweight two of three roundings for a few vector operations a row.
+    """
+    if tile.dtype == dtype:
+        return tile.mul_(scale[:, None])
+    return torch.mul(tile, scale[:, None], out=torch.empty_like(tile, dtype=dtype))
+
+
+def forward(
+    hidden: Tensor,  # (n, D), rows that count
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (n,)
+    bias: Tensor | None,  # (V,)
+    squash: Squash,
+    keep_direction: bool,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """logp, maximum, others (n,); if wanted, direction = dlogp/dhidden (n, D) and entropy (n,). All wide."""
+    if not keep_direction and in_cpp.why_not(hidden, weight) is None:
+        statistics = Statistics(*in_cpp.statistics(hidden, weight, targets, bias, *squash, want_moment=want_entropy))
+        logp, entropy = statistics.finish()
+        return logp, statistics.maximum, statistics.others, None, entropy
+    dtype = wide_dtype(hidden)
+    num_rows, num_columns = tile_shape(hidden.device)
+    products = Products.of(hidden, weight, bias, squash)
+    statistics = Statistics.empty(hidden.shape[0], hidden, want_entropy)
+    # sum over v != y of exp(z_v - maximum) dz_v/dx_v / factor weight[v], rescaled whenever the maximum moves
+    pull = hidden.new_zeros(hidden.shape, dtype=dtype) if keep_direction else None
+    for first in range(0, weight.shape[0], num_columns):
+        columns = slice(first, first + num_columns)
+        for start in range(0, hidden.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
+            tile = products.tile(rows, columns)
+            bend = squash.bend(tile) if keep_direction else None
+            shrink = fold_tile_(tile, targets[rows] - first, statistics.of(rows))
+            if pull is not None:
+                if bend is not None:
+                    tile.mul_(bend)
+                pull[rows].mul_(shrink[:, None]).add_(torch.mm(tile.to(weight.dtype), weight[columns]))
+    logp, entropy = statistics.finish()
+    maximum, others = statistics.maximum, statistics.others
+    if pull is None:
+        return logp, maximum, others, None, entropy
+    # (1 - p_y) weight[y] - sum over v != y of p_v weight[v]: p_y itself is never formed, so nothing cancels
+    at_target, at_others = -torch.expm1(logp) * squash.factor, share_of_others(logp, others) * squash.factor
+    bend = squash.bend(statistics.target_logit)
+    if bend is not None:
+        at_target.mul_(bend)
+    direction = target_weights(weight, targets).mul_(at_target[:, None]).sub_(pull.mul_(at_others[:, None]))
+    return logp, maximum, others, direction, entropy
+
+
+def gradients(
+    grad: Tensor,  # (n,) wide, upstream of logp
+    hidden: Tensor,  # (n, D), rows that count
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (n,)
+    bias: Tensor | None,  # (V,)
+    logp: Tensor,  # (n,) wide, as maximum and others
+    maximum: Tensor,
+    others: Tensor,
+    squash: Squash,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dhidden (n, D) wide, dweight (V, D), dbias (V,)
+    """Recompute the logits tile by tile and multiply their derivatives out."""
+    dtype = wide_dtype(hidden)
+    num_rows, num_columns = tile_shape(hidden.device)
+    products, wide_hidden = Products.of(hidden, weight, bias, squash), hidden.to(dtype)
+    grad = grad * squash.factor
+    at_others, at_target = -grad * share_of_others(logp, others), -grad * torch.expm1(logp)
+    own_weight = target_weights(weight, targets)
+    if squash.ceiling > 0:
+        x = (wide_hidden * own_weight).sum(1)
+        at_target *= squash.bend(squash(x if bias is None else x + bias[targets.clamp(0, weight.shape[0] - 1)]))
+    dhidden = own_weight.mul_(at_target[:, None]) if need_hidden else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    dbias = weight.new_empty(weight.shape[0]) if need_bias else None
+    # Vocabulary outside, rows inside: a tile of dweight is summed over all rows in float32 and rounded once.
+    for first in range(0, weight.shape[0], num_columns):
+        columns = slice(first, min(first + num_columns, weight.shape[0]))
+        dweight_tile = torch.zeros_like(weight[columns], dtype=dtype) if need_weight else None
+        dbias_tile = weight.new_zeros(columns.stop - first, dtype=dtype) if need_bias else None
+        for start in range(0, hidden.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
+            tile = products.tile(rows, columns)
+            bend = squash.bend(tile)
+            inside, _ = take_targets_(tile, targets[rows] - first)
+            tile.sub_(maximum[rows, None]).exp_()
+            if bend is not None:
+                tile.mul_(bend)
+            own = (targets[rows] - first).clamp(0, tile.shape[1] - 1)
+            at_own = torch.where(inside, at_target[rows], 0.0)
+            if dbias_tile is not None:
+                dbias_tile += at_others[rows] @ tile
+                dbias_tile.index_add_(0, own, at_own)
+            coefficients = coefficients_(tile, at_others[rows], weight.dtype)
+            if dhidden is not None:
+                dhidden[rows] += torch.mm(coefficients, weight[columns])
+            if dweight_tile is not None:
+                dweight_tile += torch.mm(coefficients.T, hidden[rows])
+                dweight_tile.index_add_(0, own, at_own[:, None] * wide_hidden[rows])
+        if dweight is not None:
+            dweight[columns] = dweight_tile
+        if dbias is not None:
+            dbias[columns] = dbias_tile
+    return dhidden, dweight, dbias

@@ -1,0 +1,141 @@
+// One step of the online logsumexp over a tile of float32 logits, in place.
+// Meaning: fold_tile_ in linear_logp_native.py.
+//
+// A row of a tile fits into the first level cache, so that its passes (maximum, exponentials and their sum)
+// cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for
+// the compiler's default target, AVX2 and AVX-512; the processor chooses. Nothing depends on the number of threads.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr float kLeast = -87.0f;  // exp below it is taken for 0: the end of float32's normal numbers
+
+// The bits of a float as an integer that compares like it. Clang does not vectorise a maximum of floats without
+// -ffast-math.
+INLINE int32_t ordered(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+INLINE float from_ordered(int32_t key) {
+  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// exp(x), x <= 0; relative error 1e-7. A NaN comes out as one.
+INLINE float exp_nonpositive(float x) {
+  const bool gone = x < kLeast;
+  x = gone ? kLeast : x;
+  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  x = x - n * 0.693359375f;
+  x = x + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;  // Cephes' expf
+  p = p * x + 1.3981999507e-3f;
+  p = p * x + 8.3334519073e-3f;
+  p = p * x + 4.1665795894e-2f;
+  p = p * x + 1.6666665459e-1f;
+  p = p * x + 5.0000001201e-1f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  memcpy(&power, &bits, 4);
+  return gone ? 0.0f : (p * x * x + x) * power + power;
+}
+
+// x (c,) logits become exp(logit - maximum); returns what the earlier tiles' sums shrink by.
+INLINE float fold_row(float* x, int64_t c, int64_t own, float& maximum, float& others, float& target_logit,
+                      float* moment) {
+  if (uint64_t(own) < uint64_t(c)) {
+    target_logit = x[own];
+    x[own] = -std::numeric_limits<float>::infinity();
+  }
+  int32_t most = ordered(maximum);
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < c; ++i) {
+    const int32_t key = ordered(x[i]);
+    most = key > most ? key : most;
+  }
+  const float top = from_ordered(most);
+  float sum = 0, first_moment = 0;
+  if (moment) {
+#pragma omp simd reduction(+ : sum, first_moment)
+    for (int64_t i = 0; i < c; ++i) {
+      const float d = x[i] - top, e = exp_nonpositive(d);
+      x[i] = e;
+      sum += e;
+      first_moment += e * (d < kLeast ? kLeast : d);
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < c; ++i) {
+      const float e = exp_nonpositive(x[i] - top);
+      x[i] = e;
+      sum += e;
+    }
+  }
+  const float fall = maximum - top, shrink = exp_nonpositive(fall);
+  if (moment) *moment = shrink * (*moment + (fall < kLeast ? kLeast : fall) * others) + first_moment;
+  others = others * shrink + sum;
+  maximum = std::isnan(others) ? others : top;
+  return shrink;
+}
+
+typedef float Row(float*, int64_t, int64_t, float&, float&, float&, float*);
+
+#define ROW(name, target)                                                                               \
+  target float name(float* x, int64_t c, int64_t own, float& maximum, float& others, float& logit, float* moment) { \
+    return fold_row(x, c, own, maximum, others, logit, moment);                                         \
+  }
+
+ROW(row_plain, )
+#if defined(__x86_64__)
+ROW(row_avx2, __attribute__((target("avx2,fma"))))
+ROW(row_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+#endif
+
+// isa: 0 plain, 1 AVX2, 2 AVX-512; null where this processor or build has no such body.
+Row* row_for(int isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == 2)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+               ? row_avx512
+               : nullptr;
+  if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? row_avx2 : nullptr;
+#endif
+  return isa == 0 ? row_plain : nullptr;
+}
+
+}  // namespace
+
+// Returns 0, or -1 for an isa that is not there.
+extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
+    float* tile,  // (n, c) logits, rows stride elements apart, columns dense; exp(logit - maximum) out
+    int64_t n,
+    int64_t c,
+    int64_t stride,
+    const int64_t* columns,  // (n,) target less the tile's first column; outside [0, c) for most rows
+    float* maximum,       // (n,) in and out, as the next three
+    float* others,        // (n,)
+    float* target_logit,  // (n,)
+    float* moment,        // (n,) or null
+    float* shrink,        // (n,) out: exp(old maximum - new maximum)
+    int threads,
+    int isa               // from cream_top_p_isa, or another one to test it
+) {
+  Row* row = row_for(isa);
+  if (!row) return -1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < n; ++r)
+    shrink[r] = row(tile + r * stride, c, columns[r], maximum[r], others[r], target_logit[r],
+                    moment ? moment + r : nullptr);
+  return 0;
+}

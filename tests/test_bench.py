@@ -1,0 +1,299 @@
+"""The benches: what the protocol refuses, what a row holds, peers that compute what we do, a README that agrees."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gather_logp, harness, kendall, linear_logp, options, peak, peers, report, step, tables, top_p, tune
+from bench import weighted_dpo as dpo
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"model": "tiny", "N": 48, "dtype": "float32", "device": "cpu", "weigh": True}
+
+
+def arguments(**changes) -> argparse.Namespace:
+    known = dict(device="cpu", peers=None, repeats=3, budget=0.0, memory=False, size="tiny")
+    return argparse.Namespace(**(known | changes))
+
+
+def case(**ways: float) -> harness.Case:
+    """Ways to compute [1, 2, 3], each off by a factor."""
+    exact = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    run = {name: lambda factor=factor: {"out": exact * factor} for name, factor in ways.items()}
+    key = {"model": "none", "shape": [3], "dtype": "float64", "mode": "forward"}
+    return harness.Case(key, run, {}, lambda name: {"out": exact})
+
+
+def row(**changes) -> dict:
+    known = {"date": "2026-01-01T00:00:00+00:00", "device": "A B", "threads": 1, "shape": [3], "dtype": "float32"}
+    ms = changes.get("ms", 1.5)
+    return known | {"impl": "cream", "ms": ms, "p20": 0.9 * ms, "p80": 1.1 * ms} | changes
+
+
+# The protocol
+
+
+def test_readme_and_plots_equal_the_rows():
+    assert report.differences(report.README, harness.RESULTS, tables.PLOTS) == []
+
+
+@pytest.mark.parametrize("excess", [1.01, math.nan])
+def test_record_refuses_a_red_row(tmp_path, excess):
+    with pytest.raises(ValueError, match="no row"):
+        harness.record("x", [row(excess=0.5), row(excess=excess)], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_record_appends(tmp_path):
+    harness.record("x", [row(excess=1.0)], tmp_path / "new")
+    harness.record("x", [row(), row(impl="peer")], tmp_path / "new")
+    assert [found["impl"] for found in harness.read("x", tmp_path / "new")] == ["cream", "cream", "peer"]
+    assert harness.read("y", tmp_path) == []
+
+
+def test_the_wrong_get_no_row(capsys):
+    rows = harness.measure(
+        case(cream=1 + 1e-7, eager=1 + 1e-3, near=1 + 1.9e-3, far=1 + 2.1e-3, sick=math.nan), arguments(), {}
+    )
+    assert [found["impl"] for found in rows] == ["cream", "eager", "near"]
+    printed = capsys.readouterr().out
+    assert "far is wrong" in printed and "sick is wrong" in printed
+
+
+def test_a_peer_that_raises_gets_no_row_and_ours_may_not(capsys):
+    def broken():
+        raise KeyError("no such tile")
+
+    found = case(cream=1.0, eager=1.0)
+    found.run["peer"] = broken
+    assert [r["impl"] for r in harness.measure(found, arguments(), {})] == ["cream", "eager"]
+    assert "no peer: it raised KeyError" in capsys.readouterr().out
+    found.run["cream"] = broken
+    with pytest.raises(KeyError):
+        harness.measure(found, arguments(), {})
+
+
+def test_a_row_holds_what_it_takes_to_believe_it():
+    found = case(cream=1.0, eager=1.0)
+    found.limits_ms["bytes"], found.versions["cream"], found.scale["eager"] = 1e-6, "cream-trainer 1", 10.0
+    found.weight_gradient_bytes = 2**20
+    ours, plain = harness.measure(found, arguments(), {"cream": 3.0})
+    wanted = {"date", "commit", "device", "threads", "python", "torch", "triton", "transformers"}
+    wanted |= {"model", "shape", "dtype", "mode", "impl", "version", "ms", "p20", "p80", "repeats"}
+    wanted |= {"mib", "extra_mib", "limits_ms", "of_limit", "error", "excess"}
+    assert set(ours) == wanted
+    assert (ours["mib"], ours["extra_mib"], plain["scaled_by"]) == (3.0, 2.0, 10.0)
+    assert ours["of_limit"] == round(1e-6 / ours["ms"], 4)
+    json.dumps([ours, plain], allow_nan=False)
+
+
+def test_only_the_asked_are_timed():
+    rows = harness.measure(case(cream=1.0, eager=1.0, peer=1.0), arguments(peers=["peer"]), {})
+    assert [found["impl"] for found in rows] == ["cream", "peer"]
+
+
+def test_turns_interleave():
+    calls = []
+    times = harness.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 2, "cpu")
+    assert calls == list("abc") * 3
+    assert {name: len(ms) for name, ms in times.items()} == dict(a=2, b=2, c=2)
+
+
+def test_spread():
+    assert harness.spread([5.0, 1.0, 3.0]) == {"ms": 3.0, "p20": 1.0, "p80": 5.0}
+    assert harness.spread([float(i) for i in range(11)]) == {"ms": 5.0, "p20": 1.4, "p80": 8.6}
+
+
+def test_errors_leave_what_they_compare_alone():
+    out, exact = torch.tensor([2.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert harness.relative_errors({"out": out}, {"out": exact}) == {"out": pytest.approx(1 / math.sqrt(5))}
+    assert out.tolist() == [2.0, 2.0] and exact.tolist() == [1.0, 2.0]
+    assert harness.relative_errors({"out": out}, {"out": 0 * exact})["out"] == pytest.approx(math.sqrt(8))
+
+
+@pytest.mark.skipif(not peak.CLEAR.exists(), reason="the high-water mark of a process can be put back on Linux only")
+def test_peaks_are_of_one_call():
+    torch.ones(2**26)  # 256 MiB that are no longer there
+    kept = torch.ones(2**24)
+    found = peak.resident_peak_mib(lambda: (torch.ones(2**24) + kept).sum())  # two of 64 MiB at once
+    assert 127 <= found <= 140
+
+
+@pytest.mark.skipif(not peak.CLEAR.exists(), reason="the high-water mark of a process can be put back on Linux only")
+def test_peaks_come_from_a_process_of_their_own(capsys):
+    spec = {"model": "SmolLM2-135M", "N": 64, "dtype": "float32", "mode": "forward"}
+    mib, absent = (
+        harness.child_peaks("bench.gather_logp", "eager", [spec]),
+        harness.child_peaks("bench.no", "eager", [spec]),
+    )
+    assert 12 <= mib[0] <= 16  # the log-softmax of logits of 12 MiB
+    assert absent == [None] and "No module named 'bench.no'" in capsys.readouterr().out
+
+
+# Peers
+
+
+def tables_of_peers():
+    for mode, table in {**linear_logp.TABLES, **dpo.TABLES, "both": peers.GATHER_LOGP, "tau": peers.KENDALL}.items():
+        if mode not in ("forward", "trained"):  # frozen has the same functions
+            for name in table:
+                yield pytest.param(mode, name, id=f"{mode}-{name}")
+
+
+@pytest.mark.parametrize("mode, name", [*tables_of_peers()])
+def test_peers_agree_with_float64(mode, name):
+    if mode == "tau":
+        found = kendall.case(P=12, R=7, device="cpu", names=[name], weigh=True)
+    else:
+        module = linear_logp if mode in linear_logp.TABLES else dpo if mode in dpo.TABLES else gather_logp
+        found = module.case(**TINY, mode=mode, names=[*dict.fromkeys([name, "eager"])])
+    if name in found.absent:
+        pytest.skip(found.absent[name])
+    errors = {way: harness.relative_errors(run(), found.truth(way)) for way, run in found.run.items()}
+    plain = errors[found.yardstick] if found.yardstick else dict.fromkeys(errors[name], 0.0)
+    assert harness.excess(errors[name], plain, found.rounding) <= 1, errors
+
+
+def test_what_is_absent_has_a_reason():
+    nowhere = peers.Peer(lambda: None, "no_such_module", "no-such-package")
+    assert peers.why_not(nowhere, "cpu") == "no-such-package is not installed: pip install .[bench]"
+    assert peers.why_not(nowhere._replace(cuda_only=True), "cpu") == "needs a CUDA device"
+    there, absent, versions = peers.split({"x": nowhere, "y": peers.LINEAR_LOGP["eager"]}, "cpu", ["x", "y", "quack"])
+    assert list(there) == ["y"] and versions == {"y": f"torch {harness.version('torch')}"}
+    assert set(absent) == {"x", "quack"}
+
+
+def test_exact_kendall_is_that_of_the_reference():
+    from cream_kernels import reference
+
+    x, y = kendall.rewards(20, 6)
+    assert kendall.exact(x, y).tolist() == pytest.approx(reference.kendall_tau(x.tolist(), y.tolist()), abs=1e-15)
+
+
+# The benches themselves
+
+
+@pytest.mark.parametrize(
+    "main, name, argv",
+    [
+        (kendall.main, "kendall", []),
+        (top_p.main, "top_p", []),
+        (gather_logp.main, "gather_logp", ["--peers", "eager,torch"]),
+        (linear_logp.main, "linear_logp", ["--peers", "eager,torch,liger"]),
+        (dpo.main, "weighted_dpo", ["--peers", "eager,torch,liger,liger-dpo"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_tiny_run(main, name, argv, tmp_path, capsys):
+    main(["--tiny", "--no-memory", "--device", "cpu", "--results", str(tmp_path), *argv])
+    rows = harness.read(name, tmp_path)
+    assert any(found["impl"].startswith("cream") for found in rows)
+    assert all(found["ms"] > 0 and found.get("excess", 0) <= 1 for found in rows)
+    (drawn,) = tmp_path.glob("*.svg")
+    assert drawn.name == f"{name}-{tables.slug(rows[0]['device'])}.svg"
+    printed = capsys.readouterr().out
+    assert "orrectness first" in printed or harness.PROTOCOL in printed
+    assert printed.count("-----") and all(f" {found['impl']} " in printed for found in rows)
+
+
+def test_unknown_names_stop(tmp_path):
+    with pytest.raises(SystemExit, match="no peer 'eagre' here; there are cream, eager"):
+        linear_logp.main(["--tiny", "--peers", "eagre", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no model 'GPT'"):
+        linear_logp.main(["--tiny", "--models", "GPT", "--results", str(tmp_path)])
+
+
+def test_sizes_can_be_narrowed():
+    args = options.parse("", ["--device", "cpu", "--models", "LLaMA-2-7B", "--tokens", "3,5"])
+    assert args.size == "cpu" and args.dtypes == ["float32", "bfloat16"]
+    assert options.heads(args, {"cpu": [("SmolLM2-135M", 512)]}) == [("LLaMA-2-7B", 3), ("LLaMA-2-7B", 5)]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_step_is_the_same_work_for_trl(tiny, checkpointing):
+    pytest.importorskip("trl", reason="trl is not installed: pip install .[bench]")
+    ids = [7 + (13 * i) % 90 for i in range(200)]
+    pairs = [
+        {"prompt_id": str(p), "prompt_ids": ids[p : p + 9 + p], "chosen_ids": ids[50 : 60 + p], "agreement": 1.0}
+        | {"rejected_ids": ids[90 + p : 104], "logp_chosen": -50.0 + p, "logp_rejected": -60.0 - p}
+        for p in range(8)
+    ]
+    our_step, our_loss = step.make_cream(tiny, pairs, "float32")
+    their_step, their_loss = step.make_trl(tiny, pairs, "float32", checkpointing)
+    assert our_loss() == pytest.approx(their_loss(), rel=1e-5)
+    assert our_step() > 0 and their_step() > 0
+
+
+# The report
+
+
+def test_the_newest_row_stands():
+    old, new, other = row(), row(date="2026-01-02T00:00:00+00:00", ms=2.5), row(threads=2)
+    assert tables.newest([new, old, other]) == [new, other]
+    assert "2.5 ms" in tables.markdown([old, new]) and "1.5 ms" not in tables.markdown([old, new])
+
+
+def test_cells():
+    full = row(ms=1234.5, of_limit=0.614, extra_mib=0.5, mib=99.0, scaled_by=10.0, tokens_per_second=56.78)
+    assert tables.cell(full) == "1,234 ms*, 56.8 tokens/s, 61%, 0.5 MiB"
+    assert tables.cell(None) == ""
+
+
+def test_plots_are_the_same_bytes_each_time(tmp_path):
+    rows = [row(), row(impl="peer", ms=3.0), row(impl="peer", shape=[4])]
+    for name in ("a.svg", "b.svg"):
+        tables.plot(tmp_path / name, "x", rows)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert tables.digest(rows) != tables.digest([row(ms=1.6), *rows[1:]])
+
+
+def test_report_writes_and_checks(tmp_path):
+    readme, results, plots = tmp_path / "README.md", tmp_path / "results", tmp_path / "plots"
+    readme.write_text("Before\n<!-- bench:x -->\n<!-- /bench -->\n<!-- bench:none -->\nold\n<!-- /bench -->\nAfter\n")
+    harness.record("x", [row()], results)
+    report.write(readme, results, plots)
+    text = readme.read_text()
+    assert "| cream" in text and "1.5 ms" in text and "(bench/plots/x-a-b.svg)" in text and "old" not in text
+    assert text.startswith("Before\n") and text.endswith("<!-- bench:none -->\n<!-- /bench -->\nAfter\n")
+    assert report.differences(readme, results, plots) == []
+    (plots / "y.svg").write_text("<svg/>")
+    harness.record("x", [row(ms=2.0)], results)
+    wrong = report.differences(readme, results, plots)
+    assert wrong == ["x-a-b.svg differs from the rows", "y.svg has no rows", "README.md differs from the rows"]
+
+
+# Tuning
+
+SOURCE = """\
+class Tile: ...
+
+# rows
+MEASURED: dict[tuple[str, torch.dtype, int], Tile] = {%s}
+
+AFTER = 1
+"""
+
+
+def test_tuned_rows_are_merged_into_the_table():
+    once = tune.merged(SOURCE % "", {("sm90", "bfloat16", 4096): {"block_n": 128, "num_warps": 8}})
+    assert '{\n    ("sm90", torch.bfloat16, 4096): Tile(block_n=128, num_warps=8),\n}\n\nAFTER = 1\n' in once
+    twice = tune.merged(once, {("sm90", "bfloat16", 4096): {"block_n": 64}, ("sm80", "float16", 576): {"tma": False}})
+    body = (
+        '\n    ("sm80", torch.float16, 576): Tile(tma=False),\n    ("sm90", torch.bfloat16, 4096): Tile(block_n=64),\n'
+    )
+    assert twice == SOURCE % body
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_tuning_without_a_card_shows_the_candidates(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tune.main([])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err == "bench.tune: needs a CUDA device\n"
+    assert len(out.splitlines()) == len(tune.candidates("sm90")) > 10
