@@ -35,7 +35,11 @@ def join(weight: Tensor, low: Tensor) -> Tensor:  # bfloat16, int16 in [-0x8000,
     return ((weight.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 
-def dithered(weight: Tensor) -> Tensor:  # int16 of weight's shape
+def dithered(
+    weight: Tensor,
+    whole: torch.Size | None = None,  # the shape of what weight is rows of, where it is not all
+    rows: slice | None = None,  # which
+) -> Tensor:  # int16 of weight's shape
     """Low bits that put a float32 master somewhere in the interval that rounds to the bfloat16 weight, drawn evenly,
     the same each time.
 
@@ -46,7 +50,9 @@ def dithered(weight: Tensor) -> Tensor:  # int16 of weight's shape
     if weight.dtype != torch.bfloat16:
         raise ValueError(f"masters are for bfloat16 weights, not {weight.dtype}")
     generator = torch.Generator(weight.device).manual_seed(0)
-    low = torch.randint(-0x7FFF, 0x8000, weight.shape, generator=generator, device=weight.device, dtype=torch.int16)
+    shape = whole or weight.shape
+    low = torch.randint(-0x7FFF, 0x8000, shape, generator=generator, device=weight.device, dtype=torch.int16)
+    low = low if rows is None else low[rows].clone()
     # Zero and subnormals have no room below: left alone.
     return low.masked_fill_(weight.abs() < torch.finfo(torch.bfloat16).tiny * 2, 0)
 

@@ -28,8 +28,9 @@ from torch import Tensor
 from cream.log import UserError, say
 
 KEEP = 2  # step checkpoints: the newest, and the one to fall back to
-FORMAT = 1  # of step checkpoints; a reader refuses the ones it does not know
+FORMATS = {"whole": 1, "shards": 2}  # of step checkpoints; a reader refuses the ones it does not know
 TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
+SHARDS = "shard-*.safetensors"  # where several ranks wrote one, each its own
 BLOCK = 1 << 20  # bytes hashed at a time
 SETTLED_NS = 2_000_000_000  # the coarsest clock of a common file system (FAT, NFS) ticks every 2 s
 USER_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -244,11 +245,12 @@ def _place(directory: Path, step: int) -> Path:
 
 
 def _manifest(directory: Path, step: int) -> dict:
-    files = {}
-    for name in (META, TENSORS):
-        digest, status, _ = _sha256(directory / name)
-        files[name] = {"bytes": status.st_size, "sha256": digest}
-    return {"format": FORMAT, "step": step, "files": files}
+    shards = sorted(path.name for path in directory.glob(SHARDS))
+    names = [META, *(shards or [TENSORS])]
+    with ThreadPoolExecutor(min(8, len(names))) as pool:
+        found = pool.map(_sha256, [directory / name for name in names])
+        files = {n: {"bytes": s.st_size, "sha256": digest} for n, (digest, s, _) in zip(names, found, strict=True)}
+    return {"format": FORMATS["shards" if shards else "whole"], "step": step, "files": files}
 
 
 def _json(value: object) -> bytes:
@@ -266,9 +268,11 @@ def _damage(directory: Path, step: int) -> str | None:
         return None
     try:
         recorded = json.loads(text)
-        if text == _json(recorded) and recorded["format"] != FORMAT:
+        if text == _json(recorded) and recorded["format"] not in FORMATS.values():
             return f"{directory / MANIFEST}: format {recorded['format']} is not known here"
-        for name in found["files"]:
+        for name in recorded["files"]:
+            if name not in found["files"]:
+                return f"{directory / name}: missing"
             if recorded["files"][name] != found["files"][name]:
                 return f"{directory / name}: not as it was written (its SHA-256 differs)"
     except (ValueError, TypeError, KeyError):
@@ -282,11 +286,22 @@ def save_step(
     tensors: Mapping[str, Tensor],  # any shapes, dtypes and devices; ties are kept
     meta: Mapping[str, Any],  # what JSON can hold
 ) -> Path:
-    """Save a training state as the checkpoint of `step`, and keep it and the one before it.
+    """Save a training state as the checkpoint of `step`, and keep it and the one before it."""
+    with fresh_step(directory, step) as beside:
+        plain, aliases = _untie(tensors)
+        save_file(plain, beside / TENSORS)
+        fsync(beside / TENSORS)
+        write_meta(beside, meta, aliases)
+    return _place(Path(directory), step)
 
-    A fresh directory beside, its files, fsync, a manifest of their hashes, fsync, rename, fsync of the parent.
-    Checkpoints of later steps go as well: whoever saves an earlier one did not go on from them. UserError where the
-    disk is full; the previous checkpoints are then untouched.
+
+@contextlib.contextmanager
+def fresh_step(directory: Path | str, step: int) -> Iterator[Path]:
+    """An empty directory beside, for the durable files of a step checkpoint, which is complete when the block ends.
+
+    A fresh directory, its files, fsync, a manifest of their hashes, fsync, rename, fsync of the parent. Checkpoints of
+    later steps go as well: whoever saves an earlier one did not go on from them. UserError where the disk is full; the
+    previous checkpoints are then untouched.
     """
     directory = Path(directory)
     final, beside = _place(directory, step), directory / f"step-{step:06d}.tmp"
@@ -296,10 +311,7 @@ def save_step(
             remove(left)
         try:
             os.mkdir(beside)
-            plain, aliases = _untie(tensors)
-            save_file(plain, beside / TENSORS)
-            fsync(beside / TENSORS)
-            _write(beside / META, _json({"aliases": aliases, "meta": dict(meta)}))
+            yield beside
             _write(beside / MANIFEST, _json(_manifest(beside, step)))
             fsync(beside)
             replace_path(beside, final)
@@ -312,7 +324,6 @@ def save_step(
             gone = directory / f"step-{other:06d}.tmp"  # renamed first: a half-deleted one must not look damaged
             os.replace(_place(directory, other), gone)
             remove(gone)
-    return final
 
 
 def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -335,8 +346,8 @@ def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return plain, aliases
 
 
-def load_latest(directory: Path | str) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """(step, tensors on the CPU, meta) of the newest whole checkpoint, or None where there is none.
+def newest_step(directory: Path | str) -> Path | None:
+    """The directory of the newest whole checkpoint, or None where there is none.
 
     A damaged one is reported by the name of the damaged file, and the one before it used.
     """
@@ -348,11 +359,37 @@ def load_latest(directory: Path | str) -> tuple[int, dict[str, Tensor], dict[str
     for step in reversed(_steps(directory)):
         place = _place(directory, step)
         damage = _damage(place, step)
-        if damage:
-            say(f"{damage}; checkpoint {place.name} is passed over")
-            continue
-        tensors: dict[str, Tensor] = load_file(place / TENSORS)
-        record = json.loads((place / META).read_bytes())
-        tensors.update({name: tensors[other] for name, other in record["aliases"].items()})
-        return step, tensors, record["meta"]
+        if not damage:
+            return place
+        say(f"{damage}; checkpoint {place.name} is passed over")
     return None
+
+
+def load_latest(directory: Path | str) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """(step, tensors on the CPU, meta) of the newest whole checkpoint, or None where there is none.
+
+    For one that save_step wrote: cream/shards.py reads those of several ranks.
+    """
+    place = newest_step(directory)
+    return None if place is None else (step_of(place), *read_step(place))
+
+
+def read_step(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, meta) of a whole checkpoint."""
+    tensors: dict[str, Tensor] = load_file(place / TENSORS)
+    record = read_meta(place)
+    tensors.update({name: tensors[other] for name, other in record["aliases"].items()})
+    return tensors, record["meta"]
+
+
+def read_meta(place: Path) -> dict[str, Any]:
+    """{"aliases": {name: the other name of the same tensor}, "meta": what was saved with it}."""
+    return json.loads((place / META).read_bytes())
+
+
+def write_meta(place: Path, meta: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+    _write(place / META, _json({"aliases": dict(aliases), "meta": dict(meta)}))
+
+
+def step_of(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))

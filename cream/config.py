@@ -76,6 +76,12 @@ class RunConfig:
     seed: int = _field(0, SEED, "seed of every random draw: the split into rounds, sampling, shuffling")
     iterations: int = _field(2, COUNT, "CREAM rounds after SFT; 2 makes M2 and M3")
     threads: int = _field(0, COUNT_OR_ZERO, "CPU threads for torch; 0 leaves torch's own choice")
+    timeout: float = _field(
+        60.0,
+        POSITIVE,
+        "seconds without a sign of life from a rank, or in a collective, after which all ranks of torchrun stop",
+        of_this_start=True,
+    )
     only: str | None = _field(
         None,
         TEXT,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cream import dist, shards
 from cream.config import OptimConfig, TrainConfig
 from cream.log import Metrics, UserError, say
 from cream.meter import training_flops
@@ -109,19 +110,25 @@ def train(
     steps = windows(len(fitting), config.batch_size, config.epochs, seed)
 
     def micro_batches(step: int) -> list[list[dict]]:
+        """This rank's; as many as any other rank has, of which the last may be empty."""
         window = [fitting[i] for i in steps[step]]
-        made = batches([group_tokens(group_of(pair)) for pair in window], config.batch_tokens)
-        return [[window[i] for i in batch] for batch in made]
+        made = batches([group_tokens(group_of(pair)) for pair in window], config.batch_tokens, dist.size())
+        return [[window[i] for i in batch] for batch in dist.share(made)]
 
     def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor | float], int]]:
         window = steps[step]
         for micro in micro_batches(step):
-            loss, logp, packed = loss_of(model, micro, config.beta)
-            shares = {key: value / len(window) for key, value in measures(micro, logp, config.beta).items()}
+            # A rank that has none computes with the others, and counts for nothing.
+            pairs = micro or [fitting[window[0]]]
+            loss, logp, packed = shards.within(model, loss_of, pairs, config.beta)
+            shares = {key: value / len(window) for key, value in measures(pairs, logp, config.beta).items()}
             # The policy's own; the reference's are theta_t's scores, which are there.
             shares["sequence_forwards_per_prompt"] = packed.sequences / len(window)
             shares["flops"] = training_flops(model, packed)
-            yield loss.sum() / len(window), shares, packed.tokens
+            if not micro:
+                yield loss.sum() * 0, {key: value * 0 for key, value in shares.items()}, 0
+            else:
+                yield loss.sum() / len(window), shares, packed.tokens
 
     schedule = Schedule(len(steps), config.lr, config.warmup, config.weight_decay, config.clip, config.checkpoint_every)
     facts = descend(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from cream import dist
 from cream.config import EvaluateConfig
 from cream.data import Example, encode_prompt
 from cream.log import progress
@@ -25,15 +26,16 @@ from cream.tasks.answers import continuations, is_correct
 def answer(
     model: nn.Module, tokenizer, examples: Sequence[Example], config: EvaluateConfig, work: Work, stage: str
 ) -> list[dict]:
-    """Greedy answers, one row an example in the order given, batch by batch."""
+    """Greedy answers, one row an example in the order given, batch by batch. [] on ranks other than 0."""
     prompts = [encode_prompt(tokenizer, e.messages, suffix=config.suffix) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (len(prompts[i]), examples[i].id))
     units = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     stop = stop_ids(model, tokenizer)
-    todo = list(work.parts("answers", len(units)))
-    done = len(examples) - sum(len(units[unit]) for unit in todo)
+    todo = work.parts("answers", len(units))
+    mine = sum(len(units[unit]) for unit in todo)
+    whole = len(examples) if dist.size() == 1 else mine
     written, started = 0, time.perf_counter()
-    with progress(len(examples), stage, "questions", done=done) as bar:
+    with progress(whole, stage, "questions", done=whole - mine) as bar:
         for unit in todo:
             members = units[unit]
             replies = generate(
@@ -61,8 +63,12 @@ def answer(
                 )
             work.put("answers", unit, rows)
             written += sum(len(reply.ids) for reply in replies)
-    if todo:
-        work.facts(tokens=written, tokens_per_second=written / (time.perf_counter() - started))
+    facts = dist.gather((written, time.perf_counter() - started, len(todo)))  # and now all parts are there
+    if not dist.is_main():
+        return []
+    if any(count for _, _, count in facts):
+        written, seconds = sum(tokens for tokens, _, _ in facts), max(seconds for _, seconds, _ in facts)
+        work.facts(tokens=written, tokens_per_second=written / seconds)
     place = {e.id: n for n, e in enumerate(examples)}
     return sorted(
         (r for unit in range(len(units)) for r in work.get("answers", unit)), key=lambda r: place[r["prompt_id"]]
@@ -74,7 +80,8 @@ def likelihood(
 ) -> dict[str, tuple[bool, bool]]:
     """(acc, acc_norm) of each multiple-choice example by id: is the gold option the likeliest, alone and a character?
 
-    Context and option are encoded together and split where the context's own encoding ends, as lm-eval does.
+    Context and option are encoded together and split where the context's own encoding ends, as lm-eval does. {} on
+    ranks other than 0.
     """
     asked, groups = [], []
     for example in examples:
@@ -85,14 +92,17 @@ def likelihood(
         groups.append((prefix, [tokenizer(context + option)["input_ids"][len(prefix) :] for option in options]))
         asked.append(example)
     units = [range(i, min(i + config.batch_size, len(asked))) for i in range(0, len(asked), config.batch_size)]
-    todo = list(work.parts("likelihood", len(units)))
-    with progress(
-        len(asked), f"{stage} likelihood", "questions", done=len(asked) - sum(len(units[u]) for u in todo)
-    ) as bar:
+    todo = work.parts("likelihood", len(units))
+    mine = sum(len(units[unit]) for unit in todo)
+    whole = len(asked) if dist.size() == 1 else mine
+    with progress(whole, f"{stage} likelihood", "questions", done=whole - mine) as bar:
         for unit in todo:
             chunk = [groups[i] for i in units[unit]]
             found = score(model, chunk, config.batch_tokens, tick=bar.update)
             work.put("likelihood", unit, [{"logp": values} for values in found])
+    dist.gather(None)  # and now all parts are there
+    if not dist.is_main():
+        return {}
     scored = (row["logp"] for unit in range(len(units)) for row in work.get("likelihood", unit))
     verdicts = {}
     for example, logp in zip(asked, scored, strict=True):
@@ -112,9 +122,12 @@ def evaluate(
     name: str,  # "M0", "M1", ...
     stage: str,
 ) -> tuple[dict, list[dict]]:  # what eval/m<t>.json holds, and the rows of eval/m<t>.jsonl, one a question
-    """Answer, extract, compare. Accuracies are fractions in [0, 1], None where not asked."""
+    """Answer, extract, compare. Accuracies are fractions in [0, 1], None where not asked. Ranks other than 0 help, and
+    have no result."""
     rows = answer(model, tokenizer, examples, config, work, stage)
     verdicts = likelihood(model, tokenizer, examples, config, work, stage) if config.likelihood else {}
+    if not dist.is_main():
+        return {}, []
     for row in rows:
         row["acc"], row["acc_norm"] = verdicts.get(row["prompt_id"], (None, None))
 

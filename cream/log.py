@@ -45,10 +45,24 @@ def printable(text: str) -> str:
     )
 
 
-def say(text: str) -> None:
-    """Print `text` and a newline on stderr, made `printable`, above whatever bars are live."""
-    _Bar.write(printable(text), file=sys.stderr)
-    sys.stderr.flush()
+_name: str | None = None  # of a process that leaves talking to another, None for one that talks
+
+
+def only_main(name: str | None) -> None:
+    """Silence progress, and `say` but for errors, in a process that is one of several, and is called `name`; with None
+    let them be heard again."""
+    global _name
+    _name = name
+
+
+def say(text: str, *, from_all: bool = False) -> None:
+    """Print `text` and a newline on stderr, made `printable`, above whatever bars are live.
+
+    A process that `only_main` silenced prints only what is `from_all`, with its name before it.
+    """
+    if _name is None or from_all:
+        _Bar.write(printable(text if _name is None else f"{_name}: {text}"), file=sys.stderr)
+        sys.stderr.flush()
 
 
 def entry(main: Callable) -> Callable:
@@ -61,14 +75,21 @@ def entry(main: Callable) -> Callable:
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            say("error: " + " ".join(str(error).splitlines()))
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            say("interrupted (a run goes on with --resume)")
-            raise SystemExit(130) from None
+        except (UserError, KeyboardInterrupt) as error:
+            text, code = explained(error)
+            say(text)
+            raise SystemExit(code) from None
 
     return wrapper
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """The line that tells the user of a UserError or Ctrl-C, and the exit code; None for what is a bug of ours."""
+    if isinstance(error, UserError):
+        return "error: " + " ".join(str(error).splitlines()), 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted (a run goes on with --resume)", 130
+    return None
 
 
 class _Bar(tqdm):
@@ -132,7 +153,9 @@ def progress(
     PLAIN_SECONDS and one at the end. Closed on exceptions too, so the next line starts at the left margin.
     """
     stage = printable(stage)
-    if _has_a_screen(sys.stderr):
+    if _name is not None:
+        bar = tqdm(disable=True)
+    elif _has_a_screen(sys.stderr):
         bar = _Bar(
             total=total,
             initial=done,
@@ -157,17 +180,20 @@ class Metrics:
 
     Only ever appended to, so a reader may follow it; a half line that a killed process left is cut off on opening.
     NaN and infinity, which JSON lacks, are written as null. Numbers on a device are fetched here, not before.
+    Of several processes one writes; in the others, where `writes` is false, nothing comes of writing.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        if self.path.exists():
+    def __init__(self, path: str | os.PathLike, *, writes: bool = True):
+        self.path, self.writes = Path(path), writes
+        if writes and self.path.exists():
             with self.path.open("r+b") as file:
                 content = file.read()
                 file.truncate(content.rfind(b"\n") + 1)
 
     def write(self, *, stage: str, step: int, **values: Any) -> None:
         """Append one row. `values` are JSON values, or scalars with .item() such as a 0-d tensor."""
+        if not self.writes:
+            return
         time_utc = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         row = {"time": time_utc, "stage": stage, "step": step, **values}
         with self.path.open("a", encoding="utf-8") as file:
@@ -181,7 +207,7 @@ class Metrics:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop the rows of `stage` after `step`: training resumes from that step's checkpoint and writes them anew."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         kept = [line for line, row in self._lines() if not (row["stage"] == stage and row["step"] > step)]
         beside = self.path.with_name(self.path.name + ".tmp")

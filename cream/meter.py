@@ -18,11 +18,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from cream import dist
 from cream.log import Metrics, UserError
 from cream.model import head
 from cream.packing import Packed
 
 FETCH_EVERY = 16  # steps on a GPU
+ALIKE = ("step", "lr", "grad_norm")  # numbers that every rank has; of the others each has its part
 REMEDY = "nothing of it is saved and the stage is not done: try a lower learning rate"
 # Dense bfloat16 products, FLOP/s, from NVIDIA's data sheets; the longer name first where one begins another.
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
@@ -112,7 +114,7 @@ class Meter:
     def check(self, step: int) -> None:
         """Raise UserError, before the weights move, where the loss is not finite; on a GPU `fetch` does, later."""
         if self.at_once:
-            self._finite("loss", float(self.row["loss"]), step)
+            self._finite("loss", float(dist.total(self.row["loss"].clone())), step)
 
     def end(self, step: int, *, due: bool, **numbers: Tensor | float) -> None:
         """Close the step; `due` says that its row must be written now, as before a checkpoint."""
@@ -125,15 +127,16 @@ class Meter:
 
         Raises UserError where a loss or a gradient's norm is not finite.
         """
+        self._sum_over_ranks()
         places = [(row, key) for row in self.waiting for key, value in row.items() if isinstance(value, Tensor)]
         values = torch.stack([row[key].double() for row, key in places]).tolist() if places else []
         for (row, key), value in zip(places, values, strict=True):
-            row[key] = value
+            row[key] = int(value) if key == "tokens" else value
         seconds = time.perf_counter() - self.began
         tokens, flops = (sum(row.get(key, 0) for row in self.waiting) for key in ("tokens", "flops"))
         shared = {
             "tokens_per_second": tokens / seconds,
-            "mfu": utilization(self.model, flops, seconds),
+            "mfu": utilization(self.model, flops / dist.size(), seconds),
             "memory_gb": memory_gb(self.model),
         }
         for row in self.waiting:
@@ -146,6 +149,14 @@ class Meter:
         self.seconds, self.flops = self.seconds + seconds, self.flops + flops
         self.waiting = []
 
+    def _sum_over_ranks(self) -> None:
+        places = [(row, key) for row in self.waiting for key in row if key not in ALIKE] if dist.size() > 1 else []
+        if places:
+            device = self.waiting[0]["loss"].device
+            parts = [torch.as_tensor(row[key], dtype=torch.float64, device=device) for row, key in places]
+            for (row, key), value in zip(places, dist.total(torch.stack(parts)).unbind(), strict=True):
+                row[key] = value
+
     def _finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
             raise UserError(f"{self.stage}: the {what} of step {step} is {value}; {REMEDY}")
@@ -157,7 +168,7 @@ class Meter:
         return {
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / self.seconds,
-            "mfu": utilization(self.model, self.flops, self.seconds),
+            "mfu": utilization(self.model, self.flops / dist.size(), self.seconds),
             "memory_gb": memory_gb(self.model),
             "sequence_forwards_per_prompt": self.forwards / self.steps,
         }

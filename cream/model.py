@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from cream import attention
+from cream import attention, dist, shards
 from cream.cache import KeyValues
 from cream.config import ModelConfig
 from cream.data import check_tokenizer
@@ -283,6 +283,7 @@ class Resident:
         self.m0, self.config = m0, config
         self._model: nn.Module | None = None
         self._holds: Path | None = None  # None: unknown, as after training
+        self._sharded: nn.Module | None = None  # what several ranks train
 
     @property
     def model(self) -> nn.Module:
@@ -292,7 +293,11 @@ class Resident:
         return self._model
 
     def at(self, checkpoint: Path, *, gradients: bool = False) -> nn.Module:
-        """The module with that checkpoint's weights; with `gradients`, ready to be trained away from them."""
+        """The module with that checkpoint's weights; with `gradients`, ready to be trained away from them.
+
+        On several ranks the module that is trained is sharded, and another one is loaded to hold what it has learnt.
+        """
+        self._sharded = None
         model = self.model
         if self._holds != checkpoint:
             self._holds = None
@@ -302,13 +307,27 @@ class Resident:
         if gradients:
             recompute(model, self.config.gradient_checkpointing)
             self._holds = None
+            if dist.size() > 1:
+                self._model, self._sharded = None, model
+                shards.shard(model)
         else:
             model.eval()
         return model
 
     def save(self, directory: Path, tokenizer, name: str, parent: str, facts: Mapping[str, object]) -> None:
-        """Write the weights in the module as the checkpoint `name`, with a model card."""
-        save(directory, self.model, tokenizer, model_card(name, parent, facts))
+        """Write the weights in the module as the checkpoint `name`, with a model card.
+
+        Of several ranks all call this, rank 0 writes, and none goes on before: who went on training would wait in a
+        collective, which has less time.
+        """
+        if self._sharded is not None:
+            model = self.model if dist.is_main() else None
+            self._holds = None
+            dist.gather(None)  # it is loaded: what follows is quick
+            shards.copy_whole(self._sharded, model)
+        if dist.is_main():
+            save(directory, self.model, tokenizer, model_card(name, parent, facts))
+        dist.gather(None)
 
 
 def recompute(model: nn.Module, mode: str, *, rank: int = 0, random: bool = False) -> None:

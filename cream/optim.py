@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from cream import dist, shards
 from cream.adamw import BLOCK, EPS, add_, dithered, split, thresholds, update_
-from cream.checkpoint import load_latest, save_step
+from cream.checkpoint import TENSORS, read_step, save_step, step_of
 from cream.config import OptimConfig
-from cream.log import Metrics, progress
+from cream.log import Metrics, UserError, progress
 from cream.meter import Meter
 
 CHUNK = 256 * BLOCK  # elements that a CPU updates at once: their float32 copies stay in its cache
@@ -39,6 +40,9 @@ class AdamW:
     with float32 moments 12 and 2; float32 weights 12 and 4. With several, `sums` says what the gradients take.
 
     A step is begin(), backward of each micro-batch's loss, step(). close() takes the hooks off the module.
+
+    Of a sharded module (cream/shards.py) each rank has the state of its own rows, the same bits as one process has of
+    them before the first step; gradients come summed over micro-batches and ranks, and are not released.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class AdamW:
     ):
         self.config, self.weight_decay, self.clip, self.betas = config, weight_decay, clip, betas
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.state = {name: self._empty(parameter) for name, parameter in self.parameters.items()}
+        self.state = {name: self._empty(name, parameter) for name, parameter in self.parameters.items()}
         self.steps = 0
         self.gradients: dict[str, Tensor] = {}  # of the step in hand
         self.norms: dict[str, Tensor] = {}  # of gradients that are gone
@@ -67,19 +71,26 @@ class AdamW:
         for hook in self.hooks:
             hook.remove()
 
-    def _empty(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _empty(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first step: no moments, and low bits that start the master between bfloat16 values."""
-        state, blocks = {}, parameter.numel() // BLOCK
+        part, whole = shards.local(parameter.detach()), parameter.shape
+        state, blocks = {}, part.numel() // BLOCK
         if parameter.dtype != torch.float32:
-            state["low"] = dithered(parameter.detach())
+            state["low"] = dithered(part) if part.shape == whole else dithered(part, whole, shards.rows(parameter))
         if self.config.moments == "int8" and parameter.ndim > 1 and parameter.numel() % BLOCK == 0:
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.int8)
-            state["exp_avg_scale"] = torch.zeros(blocks, 1, device=parameter.device)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.uint8)
-            state["exp_avg_sq_scale"] = torch.zeros(blocks, 1, device=parameter.device)
+            if _row_blocks(parameter) is None and (part.numel() % BLOCK or len(part) * dist.size() != len(parameter)):
+                shape = " x ".join(map(str, whole))
+                raise UserError(
+                    f"optim.moments int8: {name}, {shape}, does not divide into blocks of {BLOCK} on {dist.size()} "
+                    "ranks; set it to float32, or take another number of ranks"
+                )
+            state["exp_avg"] = torch.zeros_like(part, dtype=torch.int8)
+            state["exp_avg_scale"] = torch.zeros(blocks, 1, device=part.device)
+            state["exp_avg_sq"] = torch.zeros_like(part, dtype=torch.uint8)
+            state["exp_avg_sq_scale"] = torch.zeros(blocks, 1, device=part.device)
         else:
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(part, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(part, dtype=torch.float32)
         return state
 
     def begin(self, lr: float, micro_batches: int | None = None) -> None:
@@ -90,12 +101,13 @@ class AdamW:
         """
         self.steps += 1
         self.lr = lr
-        self.releases = micro_batches == 1 and (self.clip == 0 or self.config.clip_by == "tensor")
+        whole = dist.size() == 1
+        self.releases = whole and micro_batches == 1 and (self.clip == 0 or self.config.clip_by == "tensor")
         self.gradients, self.norms, self.sums = {}, {}, {}
 
     @torch.no_grad()
     def _arrived(self, name: str, parameter: Tensor) -> None:
-        grad, parameter.grad = parameter.grad, None
+        grad, parameter.grad = shards.local(parameter.grad), None
         self.sums[name] = count = self.sums.get(name, 0) + 1
         if self.releases:
             assert count == 1, "gradients were released, and then another micro-batch came"
@@ -117,7 +129,7 @@ class AdamW:
         Where the norm is not finite every weight stays as it was on a CPU; a GPU would have to be waited for, and
         gradients that were released have moved their weights.
         """
-        norms = self.norms or {name: _norm(grad) for name, grad in self.gradients.items()}
+        norms = self.norms or _over_ranks({n: _norm(self.gradients[n]) for n in self.parameters if n in self.gradients})
         norm = torch.linalg.vector_norm(torch.stack([norms[name] for name in self.parameters if name in norms]))
         if norm.device.type == "cpu" and not torch.isfinite(norm):
             self.gradients = {}
@@ -132,7 +144,9 @@ class AdamW:
         return (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else torch.ones_like(norm)
 
     def _update(self, name: str, grad: Tensor, factor: Tensor) -> None:
-        parameter, state = self.parameters[name], self.state[name]
+        parameter, state = shards.local(self.parameters[name].detach()), self.state[name]
+        if not parameter.numel():  # more ranks than rows
+            return
         decay = self.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.dtype == torch.float32 and "exp_avg_scale" not in state:
             _plain(parameter, grad.mul_(factor), state, self.steps, self.betas, self.lr, decay)
@@ -141,13 +155,25 @@ class AdamW:
         threshold = thresholds(self.steps, grad.device)
         update = _fast(update_, grad.device)
         keys = ("low", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-        for weight, part, *rest in _chunks(parameter.detach(), grad, *(state.get(key) for key in keys)):
+        for weight, part, *rest in _chunks(parameter, grad, *(state.get(key) for key in keys)):
             update(weight, *rest, part, factor, numbers, threshold, self.betas)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by flat names: weights, low bits, moments."""
         found = {f"weight/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         return found | {f"{key}/{name}": t for name, state in self.state.items() for key, t in state.items()}
+
+    def parts(self) -> dict[str, Tensor]:
+        """The same tensors, of the whole's shape where this rank has a part of them. Scales lie by rows where a row is
+        whole blocks, so that any number of ranks cuts them where it cuts what they scale."""
+        found = {f"weight/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for name, state in self.state.items():
+            parameter = self.parameters[name]
+            for key, part in state.items():
+                if key.endswith("_scale") and (blocks := _row_blocks(parameter)):
+                    part = part.view(-1, blocks)
+                found[f"{key}/{name}"] = shards.beside(part, parameter)
+        return found
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
         self.steps = steps
@@ -166,6 +192,20 @@ def _numbers(step: int, lr: float, decay: float, betas: tuple[float, float], dev
     """What update_ wants to know of the step."""
     found = [lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5, 1 - lr * decay]
     return torch.tensor(found, dtype=torch.float32, device=device)
+
+
+def _row_blocks(parameter: Tensor) -> int | None:
+    """How many blocks a row of dimension 0 is; None where they go across rows."""
+    size = parameter.numel() // len(parameter)
+    return size // BLOCK if size % BLOCK == 0 else None
+
+
+def _over_ranks(norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The norms of whole gradients, from those of this rank's parts."""
+    if dist.size() == 1:
+        return norms
+    whole = dist.total(torch.stack(list(norms.values())).square()).sqrt()
+    return dict(zip(norms, whole.unbind(), strict=True))
 
 
 def _norm(grad: Tensor) -> Tensor:  # () float32
@@ -210,7 +250,7 @@ def _plain(
     """torch's own fused step, where everything is float32."""
     count = torch.full((), step - 1, dtype=torch.float32, device=parameter.device)  # which it raises by one
     adamw(
-        [parameter.detach()],
+        [parameter],
         [grad],
         [state["exp_avg"]],
         [state["exp_avg_sq"]],
@@ -271,17 +311,15 @@ def descend(
 
     `micro_losses(step)` yields, for each micro-batch of that step, its share of the loss, shares of the step's metrics
     (both sum to the step's values) and its number of tokens. It must be a pure function of the step, so that a resumed
-    run sees the batches that it would have seen. `after(step)` is called when a step's weights are in place.
+    run sees the batches that it would have seen. Of several ranks each yields its own part of these sums, in as many
+    micro-batches as the others. `after(step)` is called when a step's weights are in place.
     Raises UserError, nothing written, where the loss or the gradient is not finite.
     """
     with closing(
         AdamW(model, optim or OptimConfig(), weight_decay=schedule.weight_decay, clip=schedule.clip)
     ) as optimizer:
-        start = 0
-        if (latest := load_latest(keep)) is not None:
-            start, tensors, _ = latest
-            optimizer.load(tensors, start)
-            del latest, tensors
+        start = _resume(optimizer, keep)
+        dist.gather(None)  # all have their weights: from here on the ranks wait for each other in collectives
         metrics.rewind(stage, start)  # what a killed attempt wrote after its last checkpoint is written again
         meter = Meter(model, stage, metrics)
         with progress(schedule.steps, stage, "steps", done=start) as bar:
@@ -289,9 +327,11 @@ def descend(
                 meter.begin()
                 draw(seed, stage, step)
                 rate = learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
-                optimizer.begin(rate, micro_batches(step))
-                for loss, shares, tokens in micro_losses(step):
-                    loss.backward()
+                count = micro_batches(step)
+                optimizer.begin(rate, count)
+                for number, (loss, shares, tokens) in enumerate(micro_losses(step), start=1):
+                    shards.reduce_after(model, number == count)
+                    (loss * dist.size()).backward()  # FSDP takes the mean over the ranks
                     meter.add(loss, shares, tokens)
                 meter.check(step)
                 norm = optimizer.step()
@@ -300,6 +340,27 @@ def descend(
                 meter.end(done, due=saves or done == schedule.steps, lr=rate, grad_norm=norm)
                 after(done)
                 if saves:
-                    save_step(keep, done, optimizer.tensors(), {"stage": stage})
+                    _save(optimizer, keep, done, {"stage": stage})
                 bar.update(1)
     return {"steps": schedule.steps, **meter.facts()}
+
+
+def _save(optimizer: AdamW, keep: Path, step: int, meta: dict[str, str]) -> None:
+    if dist.size() == 1:
+        save_step(keep, step, optimizer.tensors(), meta)
+    else:
+        shards.save(keep, step, optimizer.parts(), meta)
+
+
+def _resume(optimizer: AdamW, keep: Path) -> int:
+    """Load the newest whole checkpoint, of however many ranks, and return its step; 0 without one."""
+    place = shards.newest(keep)
+    if place is None:
+        return 0
+    step = step_of(place)
+    if dist.size() == 1 and (place / TENSORS).exists():
+        optimizer.load(read_step(place)[0], step)
+    else:
+        shards.load(place, optimizer.parts())
+        optimizer.steps = step
+    return step

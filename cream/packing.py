@@ -64,17 +64,19 @@ def labelled_tokens(conversation: Labelled) -> int:
     return learnt[-1]
 
 
-def batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def batches(sizes: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Indices of `sizes` in as few batches as serve, each at most `budget`, of even loads; the largest batch first.
 
     A size beyond the budget is a batch of its own. The other batches differ by at most the largest size in them, so
     that the last is not small: sizes go from the largest down, each to the batch with the least so far (Graham 1969),
-    and again with a batch more where one exceeds the budget.
+    and again with a batch more where one exceeds the budget. Their number is divisible by `multiple`, as `multiple`
+    ranks want it that take turns; the last ones may be empty.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     alone = [[i] for i in order if sizes[i] > budget]
     rest = order[len(alone) :]
     count = math.ceil(sum(sizes[i] for i in rest) / budget)
+    count += -(len(alone) + count) % multiple
     while True:
         loads = [(0, b) for b in range(count)]
         made: list[list[int]] = [[] for _ in loads]
@@ -87,7 +89,7 @@ def batches(sizes: Sequence[int], budget: int) -> list[list[int]]:
         else:
             made.sort(key=lambda batch: (-sum(sizes[i] for i in batch), batch))
             return alone + [sorted(batch) for batch in made]
-        count += 1
+        count += multiple
 
 
 class _Row:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cream import dist
 from cream.checkpoint import (
     disk_errors,
     fsync,
@@ -43,6 +44,7 @@ from cream.checkpoint import (
 from cream.log import UserError, say
 
 CONFIG, LEDGER, LOCK, WORK, ROW = "config.yaml", "ledger.jsonl", ".cream.lock", ".work", "row.json"
+VISIBLE_SECONDS = 60  # for which NFS may go on saying that a file is not there (acdirmax)
 RESERVED = {CONFIG, LEDGER, "metrics.jsonl"}
 NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")  # none hidden, no "..", not absolute
 
@@ -78,8 +80,12 @@ class Work:
             file.writelines(map(_line, rows))
         return path
 
-    def parts(self, name: str, count: int) -> Iterator[int]:
-        """The indices in range(count) whose part is not there yet, or is damaged (said by name)."""
+    def parts(self, name: str, count: int) -> Sequence[int]:
+        """The indices in range(count) whose part is not there yet, or is damaged (said by name): this rank's of them,
+        as dealt out over the ranks by rank 0, which has looked."""
+        return dist.share(dist.agree(list(self._missing(name, count)) if dist.is_main() else None))
+
+    def _missing(self, name: str, count: int) -> Iterator[int]:
         for index in range(count):
             rows, problem = self._read(name, index)
             if rows is None:
@@ -96,8 +102,16 @@ class Work:
         write_atomic(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
     def get(self, name: str, index: int) -> list[dict]:
-        """The rows of a part that was put. UserError where it is missing or damaged since."""
+        """The rows of a part that was put. UserError where it is missing or damaged since.
+
+        A part that a rank on another node has just put may take a while to be seen on a network disk.
+        """
         rows, problem = self._read(name, index)
+        for _ in range(0 if dist.size() == 1 else VISIBLE_SECONDS):
+            if rows is not None or self._part(name, index).exists():
+                break
+            time.sleep(1)
+            rows, problem = self._read(name, index)
         if rows is None:
             raise UserError(f"{problem}; start again with --resume and it is made again")
         return rows
@@ -162,6 +176,7 @@ class Run:
         except BaseException:
             self.close()
             raise
+        dist.tell("open")
 
     def close(self) -> None:
         """Let the next process have the directory."""
@@ -218,6 +233,7 @@ class Run:
             stale = self._why_again(row, key, outputs) if row else "not done yet"
             if stale is None:
                 remove(directory)
+                dist.tell("done")
                 return finals
             resumed, row = _prepare(directory, key, outputs)
             if name in self._rows and not resumed:
@@ -241,6 +257,7 @@ class Run:
             _append(self.directory / LEDGER, _line(row))
             self._rows[name] = row
             remove(directory)
+        dist.tell("done")
         return finals
 
     def _make(
@@ -248,6 +265,7 @@ class Run:
     ) -> dict:
         """Run the body, make what it wrote durable, and return the row that the ledger shall have."""
         start = time.perf_counter()
+        dist.tell("body")
         with disk_errors(work.directory):
             body(work)
         facts = {"seconds": round(time.perf_counter() - start, 3), **({"resumed": True} if resumed else {})}
@@ -281,6 +299,7 @@ class Run:
                 recover(final)
         if damage := self._damage(row, outputs):
             raise UserError(f"{damage}; run stage {name} again")
+        dist.tell("done")
         return finals
 
     def _inside(self, output: str) -> Path:
@@ -320,6 +339,34 @@ class Run:
                     raise UserError(f"{path / file}: not a file of this run; move it out of {path}")
             return f"{path} is not as it was written"
         return None
+
+
+class Follower:
+    """What a rank other than 0 has for a Run: it takes part in the bodies that rank 0's Run runs, and keeps no books.
+
+    The run's directory must be on a disk that all ranks see.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        dist.hear()  # until rank 0 has the directory
+
+    def stage(self, name: str, body: Callable[[Work], object], *, outputs: Sequence[str], **_: object) -> list[Path]:
+        """As Run.stage, whose outputs are there when this returns."""
+        while dist.hear() == "body":
+            body(Work(self.directory / WORK / name.replace("/", "+"), outputs))
+        return [self.directory / output for output in outputs]
+
+    def finished(self, name: str, outputs: Sequence[str]) -> list[Path]:
+        """As Run.finished."""
+        dist.hear()
+        return [self.directory / output for output in outputs]
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def read_rows(path: Path | str) -> list[dict]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cream import vllm
+from cream import dist, vllm
 from cream.attention import Segments, upload
 from cream.cache import KeyValues
 from cream.config import SampleConfig
@@ -195,10 +195,11 @@ def sample(
     seed: int,
     iteration: int,
     checkpoint: Path | None = None,  # what a server must serve, with engine vllm
-) -> list[dict]:  # rows of responses.jsonl, one a response, prompts in the order given
+) -> list[dict]:  # rows of responses.jsonl, one a response, prompts in the order given; [] on ranks other than 0
     """Draw `config.responses` answers to each example.
 
-    The unit of resume is a chunk of `config.chunk_size` prompts of like length, decoded `config.batch_size` at once.
+    The unit of resume, and of sharing between ranks, is a chunk of `config.chunk_size` prompts of like length, decoded
+    `config.batch_size` at once. So the answers depend on neither.
     """
     prompts = [encode_prompt(tokenizer, e.messages) for e in examples]
     stop = stop_ids(model, tokenizer)
@@ -208,8 +209,9 @@ def sample(
     drawn, started = 0, time.perf_counter()
     todo = list(work.parts("responses", len(units)))
     served = vllm.check(config.url, checkpoint) if todo and config.engine == "vllm" else None
-    done = R * (len(examples) - sum(len(units[unit]) for unit in todo))
-    with progress(len(examples) * R, f"iter{iteration}/sample", "responses", done=done) as bar:
+    mine = R * sum(len(units[unit]) for unit in todo)
+    whole = R * len(examples) if dist.size() == 1 else mine  # of several ranks each shows its own part
+    with progress(whole, f"iter{iteration}/sample", "responses", done=whole - mine) as bar:
         for unit in todo:
             members = units[unit]
             asked = [prompts[i] for i in members]
@@ -256,8 +258,12 @@ def sample(
                 for r in range(R)
             ]
             work.put("responses", unit, rows)
-    if todo:
-        work.facts(tokens=drawn, tokens_per_second=drawn / (time.perf_counter() - started))
+    facts = dist.gather((drawn, time.perf_counter() - started, len(todo)))  # and now all parts are there
+    if any(count for _, _, count in facts):
+        drawn, seconds = sum(tokens for tokens, _, _ in facts), max(seconds for _, seconds, _ in facts)
+        work.facts(tokens=drawn, tokens_per_second=drawn / seconds)
+    if not dist.is_main():
+        return []
     place = {e.id: n for n, e in enumerate(examples)}
     rows = [row for unit in range(len(units)) for row in work.get("responses", unit)]
     return sorted(rows, key=lambda row: (place[row["prompt_id"]], row["index"]))

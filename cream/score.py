@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cream import dist
 from cream.config import ScoreConfig
 from cream.log import UserError, progress, say
 from cream.meter import forward_flops, memory_gb, utilization
@@ -130,7 +131,7 @@ def score_all(
     work: Work,
     *,
     iteration: int,
-):  # pyarrow.Table, one row a response: logps of the three and both rewards, nats
+):  # pyarrow.Table, one row a response: logps of the three and both rewards, nats; None on ranks other than 0
     """Score every response under the three checkpoints, which take turns in the one resident module.
 
     A checkpoint that stands for two (in round 1 the previous model is the reference) is scored once.
@@ -151,12 +152,11 @@ def score_all(
             )
     units = [range(i, min(i + config.chunk_size, len(groups))) for i in range(0, len(groups), config.chunk_size)]
     distinct = {name: min(n for n in checkpoints if checkpoints[n] == path) for name, path in checkpoints.items()}
-    todo = {name: list(work.parts(name, len(units))) for name in sorted(set(distinct.values()))}
+    todo = {name: work.parts(name, len(units)) for name in sorted(set(distinct.values()))}
     left = sum(len(units[unit]) for pending in todo.values() for unit in pending)
+    whole = len(groups) * len(todo) if dist.size() == 1 else left
     done, seconds = Done(), 0.0
-    with progress(
-        len(groups) * len(todo), f"iter{iteration}/score", "prompts", done=len(groups) * len(todo) - left
-    ) as bar:
+    with progress(whole, f"iter{iteration}/score", "prompts", done=whole - left) as bar:
         for name, pending in todo.items():
             for unit in pending:
                 model = resident.at(checkpoints[name])
@@ -177,10 +177,14 @@ def score_all(
                 rows[0]["gap"] = engine_gap(told, tokens)
                 work.put(name, unit, rows)
                 seconds += time.perf_counter() - start
+    facts = dist.gather((done.tokens, done.flops, seconds))  # and now all parts are there
+    if not dist.is_main():
+        return None
+    tokens, flops, seconds = sum(f[0] for f in facts), sum(f[1] for f in facts), max(f[2] for f in facts)
     work.facts(
-        tokens=done.tokens,
-        tokens_per_second=done.tokens / seconds if seconds else None,
-        mfu=utilization(resident.model, done.flops, seconds),
+        tokens=tokens,
+        tokens_per_second=tokens / seconds if seconds else None,
+        mfu=utilization(resident.model, flops / dist.size(), seconds),
         memory_gb=memory_gb(resident.model),
         # Counted from what was written: R, less repetitions, for each distinct checkpoint is the least there can be.
         sequence_forwards_per_prompt=sum(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from cream import dist, shards
 from cream.config import OptimConfig, SFTConfig
 from cream.data import Conversation, encode_conversation
 from cream.dpo import windows
@@ -56,20 +57,25 @@ def train(
     middle = math.ceil(len(steps) / 2)
 
     def micro_batches(step: int) -> list[list[Labelled]]:
+        """This rank's; as many as any other rank has, of which the last may be empty."""
         window = [fitting[i] for i in steps[step]]
-        made = batches([labelled_tokens(conversation) for conversation in window], config.batch_tokens)
-        return [[window[i] for i in batch] for batch in made]
+        made = batches([labelled_tokens(conversation) for conversation in window], config.batch_tokens, dist.size())
+        return [[window[i] for i in batch] for batch in dist.share(made)]
 
     def micro_losses(step: int) -> Iterator[tuple[Tensor, dict[str, float], int]]:
         window = steps[step]
         labels = sum(label != IGNORE for i in window for label in fitting[i][1][1:])
         for micro in micro_batches(step):
-            loss, packed = loss_of(model, micro)
+            # A rank that has none computes with the others, and counts for nothing.
+            loss, packed = shards.within(model, loss_of, micro or [fitting[window[0]]])
             shares = {
                 "sequence_forwards_per_prompt": packed.sequences / len(window),
                 "flops": training_flops(model, packed),
             }
-            yield loss / labels, shares, packed.tokens
+            if not micro:
+                yield loss * 0, dict.fromkeys(shares, 0.0), 0
+            else:
+                yield loss / labels, shares, packed.tokens
 
     def after(step: int) -> None:
         if halfway is not None and step == middle:

@@ -3,8 +3,9 @@
     python -m cream.train                               the embedded recipe: a small real model, built-in questions
     python -m cream.train --config llama3-8b            the paper's settings
     python -m cream.train --config FILE.yaml --train.lr 1e-6 --resume
+    torchrun --nproc-per-node=8 -m cream.train --config llama3-8b
 
-`main` is the algorithm. Below it, each stage says what it reads, what it writes and on which settings it depends; the
+`run` is the algorithm. Below it, each stage says what it reads, what it writes and on which settings it depends; the
 run skips a stage whose inputs, settings and outputs are as its ledger recorded them.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from cream import consistency, doctor, dpo, lora, plan, report, sft
+from cream import consistency, dist, doctor, dpo, lora, plan, report, sft
 from cream.attention import choose
 from cream.checkpoint import hash_tree
 from cream.config import Config, parse, to_yaml
@@ -35,7 +36,7 @@ from cream.evaluate import evaluate
 from cream.log import Metrics, UserError, entry, progress, say
 from cream.model import ADAPTER, Resident, choose_dtype, config_value, fetch, import_model, load_tokenizer
 from cream.rows import is_file_name
-from cream.run import Run, Work, read_rows
+from cream.run import Follower, Run, Work, read_rows
 from cream.sample import sample
 from cream.score import score_all
 from cream_kernels import native
@@ -45,9 +46,16 @@ from cream_kernels import native
 def main(argv: Sequence[str] | None = None, *, until: str | None = None) -> None:
     """Run every stage that is due, up to `until` where given, and show what came out."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    with dist.session():
+        run(argv, until)
+
+
+def run(argv: Sequence[str], until: str | None) -> None:
+    """`main` on one rank. All of them run this; rank 0 decides what is due, and writes."""
     config = parse(argv, prog="python -m cream.train", description="Train a model by CREAM, from SFT to evaluation.")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    dist.connect(config.run.timeout)
     job = Job(config, argv, until)
     if reason := native.why_not():
         say(f"no native library ({reason}): torch draws the tokens, which is slower")
@@ -67,9 +75,10 @@ def main(argv: Sequence[str] | None = None, *, until: str | None = None) -> None
                 job.evaluate(t + 1, models[t + 1], questions)
         except Finished:
             pass
-        page = report.write(job.run.directory)
-    print(report.table(job.run.directory))
-    say(f"report: {page}")
+        page = report.write(job.run.directory) if dist.is_main() else None
+    if dist.is_main():
+        print(report.table(job.run.directory))
+        say(f"report: {page}")
 
 
 class Finished(Exception):
@@ -87,15 +96,19 @@ class Job:
             raise UserError(f"run.only: no stage {config.run.only!r}; there are {', '.join(known)}")
         data = config.data
         if config.lora.r:
+            if dist.size() > 1:
+                raise UserError("lora.r: adapters are trained by one process; start without torchrun, or set it to 0")
             lora.check_peft()
         if config.sft.path is not None:
             lora.given(config.sft.path, config.model, config.lora)
-        self.source, self.given_as = fetch(config.model)
-        self.examples = load_prompts(data.prompts)
-        self.questions = load_prompts(data.evaluate, split="test") if data.evaluate else []
-        self.conversations = load_conversations(data.sft) if config.sft.enabled else []
-        self.run = Run(Path(config.run.dir), to_yaml(config), resume=config.resume)
-        self.metrics = Metrics(self.run.directory / "metrics.jsonl")
+        with dist.main_first():
+            self.source, self.given_as = fetch(config.model)
+            self.examples = load_prompts(data.prompts)
+            self.questions = load_prompts(data.evaluate, split="test") if data.evaluate else []
+            self.conversations = load_conversations(data.sft) if config.sft.enabled else []
+        directory, main = Path(config.run.dir), dist.is_main()
+        self.run = Run(directory, to_yaml(config), resume=config.resume) if main else Follower(directory)
+        self.metrics = Metrics(directory / "metrics.jsonl", writes=main)
         self.command = shlex.join(["python", "-m", "cream.train", *(a for a in argv if a != "--resume")])
         # What changes the numbers of every stage that computes, besides the stage's own settings; "auto" is resolved,
         # so that a run that goes on on another machine notices.
@@ -104,9 +117,21 @@ class Job:
         self.numerics = {"seed": config.run.seed, "dtype": str(dtype), "attention": backend}
 
     def stage(
-        self, name: str, body: Callable[[Work], object], inputs: dict, outputs: list[str], settings: dict
+        self,
+        name: str,
+        body: Callable[[Work], object],
+        inputs: dict,
+        outputs: list[str],
+        settings: dict,
+        *,
+        by_all: bool = False,
     ) -> list[Path]:
-        """Run a stage if it is due. With --run.only that one alone runs; the others' results stand as they are."""
+        """Run a stage if it is due. With --run.only that one alone runs; the others' results stand as they are.
+
+        Rank 0 runs the body; all ranks do where it is `by_all`, and it writes the outputs on rank 0 alone.
+        """
+        if not by_all and not dist.is_main():
+            body = idle
         if self.config.run.only in (None, name):
             paths = self.run.stage(name, body, inputs=inputs, outputs=outputs, settings=settings)
         else:
@@ -231,7 +256,8 @@ class Job:
 
             def save_half() -> None:
                 self.resident.save(work.path("sft/half"), self.tokenizer, "M1", "M0", facts)
-                work.finish("sft/half")
+                if dist.is_main():
+                    work.finish("sft/half")
 
             sft.train(
                 model,
@@ -249,7 +275,8 @@ class Job:
         settings = {**self.numerics, **asdict(config), **self.learning()}
         settings |= {"sources": data.sft, "limit": data.sft_limit}
         inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
-        m1 = self.stage("sft", body, inputs, ["sft/model"] + ["sft/half"] * half, settings)[0]
+        outputs = ["sft/model"] + ["sft/half"] * half
+        m1 = self.stage("sft", body, inputs, outputs, settings, by_all=True)[0]
         self.merge(1, m1)
         return m1
 
@@ -272,11 +299,12 @@ class Job:
             model = self.resident.at(policy) if config.engine == "own" else self.resident.model
             examples = read_examples(prompts)
             rows = sample(model, self.tokenizer, examples, config, work, seed=seed, iteration=t, checkpoint=policy)
-            work.write_rows(output, rows)
+            if dist.is_main():
+                work.write_rows(output, rows)
 
         inputs, settings = {"policy": policy, "prompts": prompts}, {**self.numerics, **asdict(config)}
         del settings["url"]  # where the server is changes no answer
-        return self.stage(f"iter{t}/sample", body, inputs, [output], settings)[0]
+        return self.stage(f"iter{t}/sample", body, inputs, [output], settings, by_all=True)[0]
 
     def score(self, t: int, policy: Path, previous: Path, reference: Path, responses: Path) -> Path:
         checkpoints = {"policy": policy, "previous": previous, "reference": reference}
@@ -286,10 +314,11 @@ class Job:
             table = score_all(self.resident, checkpoints, read_rows(responses), config, work, iteration=t)
             import pyarrow.parquet
 
-            pyarrow.parquet.write_table(table, work.path(output))
+            if dist.is_main():
+                pyarrow.parquet.write_table(table, work.path(output))
 
-        inputs = {**checkpoints, "responses": responses}
-        return self.stage(f"iter{t}/score", body, inputs, [output], {**self.numerics, **asdict(config)})[0]
+        inputs, settings = {**checkpoints, "responses": responses}, {**self.numerics, **asdict(config)}
+        return self.stage(f"iter{t}/score", body, inputs, [output], settings, by_all=True)[0]
 
     def rank(self, t: int, scores: Path, responses: Path, prompts: Path) -> Path:
         config = self.config.consistency
@@ -327,9 +356,9 @@ class Job:
 
         inputs = {"policy": policy, "pairs": pairs}
         settings = {**self.numerics, **asdict(config), **self.learning()}
-        model = self.stage(stage, body, inputs, [output], settings)[0]
-        self.merge(t + 1, model)
-        return model
+        trained = self.stage(stage, body, inputs, [output], settings, by_all=True)[0]
+        self.merge(t + 1, trained)
+        return trained
 
     def learning(self) -> dict[str, dict]:
         """The settings that both trainings depend on."""
@@ -367,11 +396,12 @@ class Job:
             result, rows = evaluate(
                 module, self.tokenizer, read_examples(questions), config, work, name=f"M{t}", stage=stage
             )
-            work.write_rows(f"{stage}.json", [result])
-            work.write_rows(f"{stage}.jsonl", rows)
+            if dist.is_main():
+                work.write_rows(f"{stage}.json", [result])
+                work.write_rows(f"{stage}.jsonl", rows)
 
-        inputs = {"model": model, "questions": questions}
-        self.stage(stage, body, inputs, [f"{stage}.json", f"{stage}.jsonl"], {**self.numerics, **asdict(config)})
+        inputs, settings = {"model": model, "questions": questions}, {**self.numerics, **asdict(config)}
+        self.stage(stage, body, inputs, [f"{stage}.json", f"{stage}.jsonl"], settings, by_all=True)
 
     def lineage(self, parent: Path, files: Sequence[Path]) -> dict[str, str]:
         """What a model card says of where a model comes from."""
@@ -380,6 +410,10 @@ class Job:
             **{f"SHA-256 of {file.name}": hash_tree(file) for file in files},
             "command": f"`{self.command}`",
         }
+
+
+def idle(work: Work) -> None:
+    """What a rank does in a stage that is rank 0's."""
 
 
 def stage_names(iterations: int) -> list[str]:

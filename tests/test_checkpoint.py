@@ -145,11 +145,11 @@ def test_each_flipped_bit_and_each_cut_is_found_and_named(tmp_path, capsys):
 
 
 def test_an_unknown_format_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMATS", {"whole": 3})
     save_step(tmp_path, 1, state(1), {})
     monkeypatch.undo()
     assert load_latest(tmp_path) is None
-    assert "format 2 is not known here" in capsys.readouterr().err
+    assert "format 3 is not known here" in capsys.readouterr().err
 
 
 def recorded(monkeypatch, root: Path) -> list[tuple[str, str]]:

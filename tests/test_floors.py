@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     3: {"train", "sft", "evaluate", "report", "doctor"},
     2: {"sample", "score", "consistency", "dpo"},
-    1: {"model", "lora", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "adamw", "optim", "run"}
-    | {"plan", "summary", "plots", "vllm"},
-    0: {"config", "recipes", "log", "attention", "cache", "__init__"},
+    1: {"model", "lora", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "shards", "adamw", "optim"}
+    | {"run", "plan", "summary", "plots", "vllm"},
+    0: {"config", "recipes", "log", "dist", "attention", "cache", "__init__"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
