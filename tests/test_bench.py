@@ -132,7 +132,8 @@ def test_peaks_come_from_a_process_of_their_own(capsys):
         harness.child_peaks("bench.gather_logp", "eager", [spec]),
         harness.child_peaks("bench.no", "eager", [spec]),
     )
-    assert 12 <= mib[0] <= 16  # the log-softmax of logits of 12 MiB
+    # The log-softmax of logits of 12 MiB, less the pages that freed memory had left in place.
+    assert 11.75 <= mib[0] <= 16
     assert absent == [None] and "No module named 'bench.no'" in capsys.readouterr().out
 
 
