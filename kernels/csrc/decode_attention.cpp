@@ -15,6 +15,8 @@
 #include <new>
 #include <vector>
 
+#include "isa.h"
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -166,25 +168,7 @@ typedef void Body(const Problem&, int is_bf16, int64_t, int64_t, Scratch&);
     is_bf16 ? attend_sized<uint16_t>(p, row, head, s) : attend_sized<float>(p, row, head, s);   \
   }
 
-BODY(body_plain, )
-#if defined(__x86_64__)
-BODY(body_avx2, __attribute__((target("avx2,fma"))))
-BODY(body_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
-#endif
-
-// isa: 0 plain, 1 AVX2, 2 AVX-512; null where this processor or build has no such body.
-Body* body_for(int isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (isa == 2)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-               ? body_avx512
-               : nullptr;
-  if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? body_avx2 : nullptr;
-#endif
-  return isa == 0 ? body_plain : nullptr;
-}
+EACH_ISA(BODY, body)
 
 }  // namespace
 
@@ -209,7 +193,7 @@ EXPORT int cream_decode_attention(
     int threads,
     int isa  // from cream_top_p_isa, or another one to test it
 ) {
-  Body* body = body_for(isa);
+  Body* body = FOR_ISA(body, isa);
   if (!body) return -1;
   const Problem p{query, key, value, keys, values, out, rows, A, H, K, U, E, float(scale * 1.4426950408889634)};
   int64_t most = 0;

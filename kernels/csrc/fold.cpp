@@ -10,6 +10,8 @@
 #include <cstring>
 #include <limits>
 
+#include "isa.h"
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -94,25 +96,7 @@ typedef float Row(float*, int64_t, int64_t, float&, float&, float&, float*);
     return fold_row(x, c, own, maximum, others, logit, moment);                                         \
   }
 
-ROW(row_plain, )
-#if defined(__x86_64__)
-ROW(row_avx2, __attribute__((target("avx2,fma"))))
-ROW(row_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
-#endif
-
-// isa: 0 plain, 1 AVX2, 2 AVX-512; null where this processor or build has no such body.
-Row* row_for(int isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (isa == 2)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-               ? row_avx512
-               : nullptr;
-  if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? row_avx2 : nullptr;
-#endif
-  return isa == 0 ? row_plain : nullptr;
-}
+EACH_ISA(ROW, row)
 
 }  // namespace
 
@@ -131,7 +115,7 @@ extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
     int threads,
     int isa               // from cream_top_p_isa, or another one to test it
 ) {
-  Row* row = row_for(isa);
+  Row* row = FOR_ISA(row, isa);
   if (!row) return -1;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < n; ++r)

@@ -16,6 +16,8 @@
 #include <new>
 #include <vector>
 
+#include "isa.h"
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -228,25 +230,7 @@ typedef int64_t Row(const void*, int is_bf16, int64_t, double, double, double, S
                    : sample_row(static_cast<const float*>(row), V, uniform, T, p, s);                          \
   }
 
-ROW(row_plain, )
-#if defined(__x86_64__)
-ROW(row_avx2, __attribute__((target("avx2,fma"))))
-ROW(row_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
-#endif
-
-// isa: 0 plain, 1 AVX2, 2 AVX-512; null where this processor or build has no such body.
-Row* row_for(int isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (isa == 2)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-               ? row_avx512
-               : nullptr;
-  if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? row_avx2 : nullptr;
-#endif
-  return isa == 0 ? row_plain : nullptr;
-}
+EACH_ISA(ROW, row)
 
 }  // namespace
 
@@ -256,7 +240,7 @@ EXPORT int cream_native_abi() { return 3; }  // native.py refuses a library of a
 
 EXPORT int cream_top_p_isa() {
   for (int isa : {2, 1})
-    if (row_for(isa)) return isa;
+    if (FOR_ISA(row, isa)) return isa;
   return 0;
 }
 
@@ -274,7 +258,7 @@ EXPORT int64_t cream_top_p_sample(
     int threads,
     int isa                 // from cream_top_p_isa, or another one to test it
 ) {
-  Row* row = row_for(isa);
+  Row* row = FOR_ISA(row, isa);
   if (!row) return -1;
   const int64_t bytes = is_bf16 ? 2 : 4;
   const int64_t blocks = (V + kBlock - 1) / kBlock;
