@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import harness
-from cream_kernels import linear_logp, native
+from cream_kernels import decode_attention, linear_logp, native, reference
 from cream_kernels import linear_logp_native as ours
+from cream_kernels.decode_attention import decode_attention_torch, visible_columns
 
 MODELS = {"SmolLM2-135M": (576, 49152), "Llama-2-7B": (4096, 32000)}  # D, V
 TILE = 512, 1024  # rows, vocabulary
@@ -108,6 +109,24 @@ def fold_of_a_tile(n: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
     return truth, {"native": lambda: run(ours.fold_tile_), "cream torch": lambda: run(fold_torch_)}
 
 
+def decoding(A: int, U: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Callable]]:
+    """One layer's attention of SmolLM2-135M for A new tokens, five answers to a prompt, over U columns in use."""
+    H, K, E, R = 9, 3, 64, 5
+    g = torch.Generator().manual_seed(4)
+    prompt = U // 2
+    keys, values = (torch.randn(A // R, K, U, E, generator=g).repeat_interleave(R, 0).to(dtype) for _ in range(2))
+    query, key, value = (torch.randn(A, heads, E, generator=g).to(dtype) for heads in (H, K, K))
+    slot = torch.arange(A)
+    rows = torch.stack([slot, slot // R * R, torch.full_like(slot, prompt), torch.full_like(slot, U)])
+    given, scale = (query, key, value, keys, values), E**-0.5
+    visible = visible_columns(rows, A)
+    truth = reference.decode_attention(*(x.double() for x in given), rows, scale=scale)
+    return truth, {
+        "native": lambda: decode_attention(*given, rows, scale=scale),
+        "cream torch": lambda: decode_attention_torch(*given, slot, visible, scale),
+    }
+
+
 def check(truth: Tensor, run: dict[str, Callable]) -> dict[str, float]:
     """Each implementation's relative error; stops where the native one's is the larger."""
     errors = {}
@@ -119,7 +138,7 @@ def check(truth: Tensor, run: dict[str, Callable]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
@@ -129,6 +148,8 @@ def main() -> None:
         raise SystemExit(f"nothing to measure: {reason}")
     n, c = TILE
     pieces = [("fold tile", [n, c], partial(fold_of_a_tile, n, c))]
+    for name in ("float32", "bfloat16"):
+        pieces.append((f"decode attention, {name}", [160, 150], partial(decoding, 160, 150, getattr(torch, name))))
     for model in args.models:
         D, V = MODELS[model]
         pieces += [(f"score, {model}", [N, D, V], partial(head, N, D, V)) for N in args.rows]
