@@ -318,6 +318,27 @@ def test_fold_of_nan_and_of_forbidden_tiles(fold, bad):
     assert moment[[0, 2, 3, 4]].eq(0).all() and left[2].eq(0).all() and left[3, :30].eq(0).all()
 
 
+def test_fold_also_rounds(fold):
+    x = torch.randn(9, 70, generator=torch.Generator().manual_seed(4))
+    x[2, 3] = torch.nan
+    frame = torch.full((9, 75), 7.0).bfloat16()
+    fold(x, torch.arange(9), *Statistics.empty(9, x)[:3], rounded=frame[:, 2:-3])
+    assert torch.equal(frame[:, 2:-3].nan_to_num(9.0), x.bfloat16().nan_to_num(9.0)) and x[2].isnan().all()
+    assert (frame[:, :2] == 7).all() and (frame[:, -3:] == 7).all()
+
+
+def test_rows_are_scaled_and_rounded_once(fold):
+    g = torch.Generator().manual_seed(6)
+    tile, scale = torch.rand(9, 75, generator=g).bfloat16()[:, 2:-3], torch.randn(9, generator=g)
+    scale[1:4] = torch.tensor([0.0, torch.nan, 1e-30])
+    exact = (tile.float() * scale[:, None]).bfloat16()
+    out = torch.empty(9, 70).bfloat16()
+    ours.scale_rows(tile, scale, out)
+    assert torch.equal(out.nan_to_num(9.0), exact.nan_to_num(9.0))
+    ours.scale_rows(tile, scale, tile)
+    assert torch.equal(tile.nan_to_num(9.0), exact.nan_to_num(9.0))
+
+
 def test_fold_does_not_depend_on_threads(fold):
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(5))
     targets = torch.arange(50)
@@ -335,10 +356,10 @@ def test_reasons(monkeypatch):
     assert "torch.float32" in ours.why_not(wide, wide)
     assert "meta" in ours.why_not(EMPTY.to("meta"), EMPTY.to("meta"))
     assert ours.why_not(EMPTY[:, :0], EMPTY[:, :0]) == "hidden has no columns"
-    assert "torch.bfloat16" in ours.why_not_fold(EMPTY)
+    assert "torch.bfloat16" in ours.why_not_fold(EMPTY) and "torch.float32" in ours.why_not_scale(wide)
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(native, "why_not", lambda: "not built")
-    assert ours.why_not(EMPTY, EMPTY) == ours.why_not_fold(wide) == "not built"
+    assert ours.why_not(EMPTY, EMPTY) == ours.why_not_fold(wide) == ours.why_not_scale(EMPTY) == "not built"
 
     class Bare:
         def cream_bf16_available(self):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cream_kernels import IGNORE, linear_logp, linear_weighted_dpo, reference, weighted_dpo
 
@@ -38,12 +39,16 @@ def problem(dtype=torch.float32, V=2300, D=24, lengths=LENGTHS, seed=0):
     return hidden, weight, targets, cu_seqlens, logp + torch.randn(len(lengths), generator=generator), agreement
 
 
-def run(function, hidden, weight, *rest, upstream, frozen=False, **settings):
+def run(function, hidden, weight, *rest, upstream, frozen=False, retains=False, **settings):
     hidden = hidden.detach().clone().requires_grad_()
     weight = weight.detach().clone().requires_grad_(not frozen)
     loss, logp = function(hidden, weight, *rest, beta=BETA, **settings)
     wanted = (hidden,) if frozen else (hidden, weight)
-    return [loss.detach(), logp.detach(), *torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))]
+    return [
+        loss.detach(),
+        logp.detach(),
+        *torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), retain_graph=retains),
+    ]
 
 
 def assert_no_worse(ours, plain, truth):
@@ -55,6 +60,25 @@ def assert_no_worse(ours, plain, truth):
         floor = torch.finfo(torch.float32).eps * truth[1].abs().max().clamp(min=1)
         assert a.norm() <= 1.25 * b.norm() + floor * exact.norm(), name
         assert a.max() <= 2 * b.max() + floor * exact.abs().max(), name
+
+
+class Large(TorchDispatchMode):
+    """The storages of so many bytes and more that any operation returned, but for those known before."""
+
+    def __init__(self, least, *known):
+        super().__init__()
+        self.least, self.known, self.storages = least, [t.untyped_storage().data_ptr() for t in known], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.nbytes() >= self.least and storage.data_ptr() not in self.known:
+                self.storages[storage.data_ptr()] = storage  # kept, so that no address comes twice
+        return result
+
+    def bytes(self):
+        return [storage.nbytes() for storage in self.storages.values()]
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -76,6 +100,29 @@ def test_no_worse_than_torch(dtype, upstream, chunk_tokens, way):
     if dtype == torch.float64:
         for a, exact in zip(ours, truth, strict=True):
             torch.testing.assert_close(a, exact, rtol=1e-11, atol=1e-12)
+    assert_no_worse(ours, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_logits_in_the_memory_of_dweight(dtype, monkeypatch):
+    """One chunk of at most D rows, of three blocks and nine tiles."""
+    V, D = 9000, 96
+    given, upstream = problem(dtype, V=V, D=D), UPSTREAM["mean"]
+    given[2][30:36] = 17
+    forward, found = module._forward, []
+
+    def noting(*arguments):
+        seen = Large(V * 78 * dtype.itemsize, arguments[1])  # 78 of the rows count
+        with seen:
+            results = forward(*arguments)
+        found.append(seen.bytes())
+        return results
+
+    monkeypatch.setattr(module, "_forward", noting)
+    ours = run(linear_weighted_dpo, *given, upstream=upstream)
+    assert found == [[V * D * dtype.itemsize]]
+    plain = run(reference.linear_weighted_dpo, *given, upstream=upstream)
+    truth = run(reference.linear_weighted_dpo, given[0].double(), given[1].double(), *given[2:], upstream=upstream)
     assert_no_worse(ours, plain, truth)
 
 
@@ -129,6 +176,15 @@ def test_reductions_and_a_retained_graph(reduce):
         torch.testing.assert_close(a, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("retains", [False, True])
+def test_gradients_become_the_results_where_the_graph_ends(retains):
+    hidden, weight, *rest = problem()
+    with Large(weight.nbytes, weight) as seen:
+        loss, _ = linear_weighted_dpo(hidden.requires_grad_(), weight.requires_grad_(), *rest, beta=BETA)
+        loss.mean().backward(retain_graph=retains)
+    assert len(seen.bytes()) == (2 if retains else 1)  # dweight as saved, and times 1 / 5
+
+
 def test_only_an_uneven_upstream_is_paid_for(monkeypatch):
     calls, backward = [], module._linear_logp_backward
     monkeypatch.setattr(module, "_linear_logp_backward", lambda *given: calls.append(1) or backward(*given))
@@ -138,11 +194,12 @@ def test_only_an_uneven_upstream_is_paid_for(monkeypatch):
         assert len(calls) == expected
 
 
-def test_upstream_is_not_rounded_to_the_dtype_of_the_head():
+@pytest.mark.parametrize("retains", [False, True])
+def test_upstream_is_not_rounded_to_the_dtype_of_the_head(retains):
     """0.3 in bfloat16 is off by 2.6e-3, the same way in every entry; roundings of entries average out."""
     given = problem(torch.bfloat16)
     *_, one = run(linear_weighted_dpo, *given, upstream=torch.ones(5))
-    *_, scaled = run(linear_weighted_dpo, *given, upstream=torch.full((5,), 0.3))
+    *_, scaled = run(linear_weighted_dpo, *given, upstream=torch.full((5,), 0.3), retains=retains)
     factor = (one.double() * scaled.double()).sum() / one.double().square().sum()
     assert abs(factor / 0.3 - 1) < 1e-3
 

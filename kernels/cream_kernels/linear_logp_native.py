@@ -3,8 +3,9 @@
 N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
-Callers ask why_not (AVX512-BF16: statistics, logits_tile) or why_not_fold (AVX2: fold_tile_) first. No result depends
-on the number of threads, which is torch's. Sources: kernels/csrc/{linear_logp,logits_tile,fold}.cpp.
+Callers ask why_not (AVX512-BF16: statistics, logits_tile), why_not_fold (AVX2: fold_tile_) or why_not_scale (AVX2:
+scale_rows) first. No result depends on the number of threads, which is torch's. Sources:
+kernels/csrc/{linear_logp,logits_tile,fold}.cpp.
 """
 
 from __future__ import annotations
@@ -29,8 +30,17 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
 
 def why_not_fold(tile: Tensor) -> str | None:
     """The same for fold_tile_."""
-    if tile.device.type != "cpu" or tile.dtype != torch.float32:
-        return f"the native fold is of float32 on a CPU, not {tile.dtype} on {tile.device.type}"
+    return _why_no_passes(tile, torch.float32)
+
+
+def why_not_scale(tile: Tensor) -> str | None:
+    """The same for scale_rows."""
+    return _why_no_passes(tile, torch.bfloat16)
+
+
+def _why_no_passes(tile: Tensor, dtype: torch.dtype) -> str | None:
+    if tile.device.type != "cpu" or tile.dtype != dtype:
+        return f"this native pass is of {dtype} on a CPU, not {tile.dtype} on {tile.device.type}"
     library = native.load()
     if library is None:
         return native.why_not()
@@ -109,6 +119,7 @@ def fold_tile_(
     others: Tensor,  # (n,)
     target_logit: Tensor,  # (n,)
     moment: Tensor | None = None,  # (n,), see statistics
+    rounded: Tensor | None = None,  # (n, c) bfloat16, columns dense: becomes the exponentials too
 ) -> Tensor:  # (n,) float32: exp(old maximum - new maximum), what sums over earlier tiles shrink by
     """One step of the online logsumexp: take the target out, find the maximum, exponentials and their sum.
 
@@ -118,6 +129,7 @@ def fold_tile_(
     columns = columns.contiguous()
     kept = [maximum, others, target_logit, *([] if moment is None else [moment])]
     assert all(values.is_contiguous() and values.dtype == torch.float32 for values in kept)
+    assert rounded is None or (rounded.dtype == torch.bfloat16 and rounded.shape == tile.shape)
     shrink = torch.empty_like(maximum)
     library = native.load()
     done = library.cream_fold_tile(
@@ -128,11 +140,33 @@ def fold_tile_(
         *(values.data_ptr() for values in kept),
         *([None] if moment is None else []),
         shrink.data_ptr(),
+        *((None, 0) if rounded is None else (rounded.data_ptr(), rounded.stride(0))),
         torch.get_num_threads(),
         library.cream_top_p_isa(),
     )
     _check(done)
     return shrink
+
+
+def scale_rows(
+    tile: Tensor,  # (n, c) bfloat16, columns dense
+    scale: Tensor,  # (n,) float32
+    out: Tensor,  # (n, c) bfloat16, columns dense, may be tile: each row times its scale, rounded once
+) -> None:
+    assert all(x.stride(1) == 1 or x.shape[1] == 1 for x in (tile, out))
+    scale, library = scale.contiguous(), native.load()
+    assert scale.dtype == torch.float32 and out.dtype == torch.bfloat16 and out.shape == tile.shape
+    done = library.cream_scale_rows(
+        tile.data_ptr(),
+        *tile.shape,
+        tile.stride(0),
+        scale.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+        library.cream_top_p_isa(),
+    )
+    _check(done)
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:

@@ -153,9 +153,10 @@ def fold_tile_(
     tile: Tensor,  # (n, c) logits; becomes exp(z - highest), 0 at the targets
     columns: Tensor,  # (n,) int64, target less the tile's first column
     so_far: Statistics,  # of the same rows, updated
+    rounded: Tensor | None = None,  # (n, c) half precision: becomes what tile becomes, the operand of a product
 ) -> Tensor:  # (n,) exp(the maximum before - the maximum now)
-    if in_cpp.why_not_fold(tile) is None:
-        return in_cpp.fold_tile_(tile, columns, *so_far)
+    if in_cpp.why_not_fold(tile) is None and (rounded is None or rounded.dtype == torch.bfloat16):
+        return in_cpp.fold_tile_(tile, columns, *so_far, rounded)
     inside, picked = take_targets_(tile, columns)
     so_far.target_logit.copy_(torch.where(inside, picked, so_far.target_logit))
     highest = torch.maximum(so_far.maximum, tile.amax(1))
@@ -170,6 +171,8 @@ def fold_tile_(
         so_far.moment.add_(so_far.others * move).mul_(shrink).add_(local)
     so_far.others.mul_(shrink).add_(tile.sum(1))
     so_far.maximum.copy_(highest)
+    if rounded is not None:
+        rounded.copy_(tile)
     return shrink
 
 
@@ -178,6 +181,19 @@ def target_weights(
     targets: Tensor,  # (n,)
 ) -> Tensor:  # (n, D) wide
     return weight.index_select(0, targets.clamp(0, weight.shape[0] - 1)).to(wide_dtype(weight))
+
+
+def scale_rows(
+    tile: Tensor,  # (n, c), wide or in half precision
+    scale: Tensor,  # (n,) wide
+    out: Tensor,  # like tile, and may be it: each row times its scale, rounded once
+) -> None:
+    if tile.dtype == scale.dtype:
+        torch.mul(tile, scale[:, None], out=out)
+    elif in_cpp.why_not_scale(tile) is None:
+        in_cpp.scale_rows(tile, scale, out)
+    else:
+        out.copy_(tile.to(scale.dtype).mul_(scale[:, None]))
 
 
 def coefficients_(
@@ -222,11 +238,14 @@ def forward(
             rows = slice(start, start + num_rows)
             tile = products.tile(rows, columns)
             bend = squash.bend(tile) if keep_direction else None
-            shrink = fold_tile_(tile, targets[rows] - first, statistics.of(rows))
+            rounds = keep_direction and bend is None and weight.dtype != dtype
+            rounded = torch.empty_like(tile, dtype=weight.dtype) if rounds else None
+            shrink = fold_tile_(tile, targets[rows] - first, statistics.of(rows), rounded)
             if pull is not None:
                 if bend is not None:
                     tile.mul_(bend)
-                pull[rows].mul_(shrink[:, None]).add_(torch.mm(tile.to(weight.dtype), weight[columns]))
+                operand = tile.to(weight.dtype) if rounded is None else rounded
+                pull[rows].mul_(shrink[:, None]).add_(torch.mm(operand, weight[columns]))
     logp, entropy = statistics.finish()
     maximum, others = statistics.maximum, statistics.others
     if pull is None:

@@ -22,9 +22,9 @@ from .linear_logp_torch import (
     Products,
     Squash,
     Statistics,
-    coefficients_,
     fold_tile_,
     rows_that_count,
+    scale_rows,
     scatter_rows,
     share_of_others,
     target_weights,
@@ -35,6 +35,7 @@ from .reference import IGNORE
 from .weighted_dpo import loss_and_slope, weighted_dpo
 
 _PLAIN = Squash(1.0, 0.0)
+BLOCK = 4  # tiles of logits multiplied out at once by the torch body: what they are multiplied into is large
 
 
 def linear_weighted_dpo(
@@ -53,11 +54,14 @@ def linear_weighted_dpo(
     Defined by reference.linear_weighted_dpo. Differentiable in hidden and weight through loss, under any upstream
     gradient; logp is for metrics and carries none.
 
-    Works on whole pairs, up to chunk_tokens rows at a time (1,024 on a CPU, 2,048 on CUDA): logits, sums, loss, and, as
-    each pair's coefficient is then known, the gradient over the logits and its two products: 6NDV floating-point
-    operations where recomputing takes 8NDV. Memory is the chunk's logits in float32 (a pair longer than chunk_tokens is
-    a chunk of its own) and the two gradients, with a float32 sum of dweight during the forward where the inputs are in
-    half precision. Logits are plain products: for a head with bias, scale or softcap take linear_logp + weighted_dpo.
+    Works on whole pairs, up to chunk_tokens rows at a time (2,048 on CUDA, on a CPU the larger of 1,024 and D; a longer
+    pair is a chunk of its own): logits, sums, loss, and, as each pair's coefficient is then known, the gradient over
+    the logits and its two products: 6NDV floating-point operations where recomputing takes 8NDV. Logits are plain
+    products: for a head with bias, scale or softcap take linear_logp + weighted_dpo.
+
+    Memory is the two gradients and a chunk's logits: in float32 on CUDA, on a CPU in the dtype of the inputs, and in
+    dweight's own memory where one chunk of at most D rows is all. During the forward half precision also needs a
+    float32 sum of dweight, on a CPU only over several chunks. A backward that retains its graph makes dweight anew.
 
     Those gradients are for an upstream of 1. dhidden takes any upstream exactly, a pair's rows times its own. dweight
     has summed over pairs, so one factor for all pairs (loss.sum(), loss.mean(), divided by anything) scales it, but
@@ -88,7 +92,8 @@ def linear_weighted_dpo(
     if torch.is_grad_enabled() and (reference_logp.requires_grad or agreement.requires_grad):
         raise ValueError("reference_logp and agreement are constants of the loss: detach them")
     if chunk_tokens is None:
-        chunk_tokens = tiles.CHUNK_ROWS if hidden.is_cuda else 2 * tile_shape(hidden.device)[0]
+        # with the torch body, of one chunk D rows need no room of their own
+        chunk_tokens = tiles.CHUNK_ROWS if hidden.is_cuda else max(2 * tile_shape(hidden.device)[0], hidden.shape[1])
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
     agreement = agreement.expand(num_sequences // 2)
@@ -174,16 +179,25 @@ def _forward(
     chunk_tokens: int,
     need_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, ...]]:
-    """loss (P,), logp (2P,), dhidden (N, D), dweight (V, D), and of each row (N,): dloss/dlogp, logp, maximum and
-    others. All wide.
+    """loss (P,), logp (2P,), dhidden (N, D), all wide; dweight (V, D) as it was summed; and of each row (N,), wide:
+    dloss/dlogp, logp, maximum and others.
     """
-    dtype, num_columns = wide_dtype(hidden), tile_shape(hidden.device)[1]
+    dtype, (most_rows, num_columns) = wide_dtype(hidden), tile_shape(hidden.device)
+    V, D = weight.shape
+    products, wide_hidden = Products.of(hidden, weight, None, _PLAIN), hidden.to(dtype)
     chunks = _pair_chunks(bounds, chunk_tokens)
     longest = max((rows.stop - rows.start for *_, rows in chunks), default=0)
-    products, wide_hidden = Products.of(hidden, weight, None, _PLAIN), hidden.to(dtype)
-    logits = wide_hidden.new_empty(longest * weight.shape[0])
-    dhidden = torch.empty_like(wide_hidden) if need_hidden else None
-    dweight = wide_hidden.new_empty(weight.shape) if chunks else wide_hidden.new_zeros(weight.shape)
+    blocks = [slice(first, min(first + BLOCK * num_columns, V)) for first in range(0, V, BLOCK * num_columns)]
+    # Of one chunk, products are rounded once either way, so there is no need of a wide sum.
+    summed = weight.dtype if len(chunks) == 1 and _reading_is_free(targets) else dtype
+    dweight = weight.new_empty(weight.shape, dtype=summed) if chunks else weight.new_zeros(weight.shape)
+    # A block of logits becomes a block of dweight. Where there is one chunk, of at most D rows, that is where it lies,
+    # until its product is due, which takes it from space.
+    inside = len(chunks) == 1 and longest <= D and summed == weight.dtype
+    logits = dweight.view(-1) if inside else weight.new_empty(longest * V)
+    space = weight.new_empty(longest * BLOCK * num_columns if inside else 0)
+    wide_tile = wide_hidden.new_empty(0 if weight.dtype == dtype else min(longest, most_rows) * num_columns)
+    dhidden = torch.zeros_like(wide_hidden) if need_hidden else None
     loss, logp = wide_hidden.new_empty(len(bounds) // 2), wide_hidden.new_empty(len(bounds) - 1)
     row_values = tuple(wide_hidden.new_empty(hidden.shape[0]) for _ in range(4))
     for first_pair, end_pair, rows in chunks:
@@ -191,14 +205,14 @@ def _forward(
         num_rows = rows.stop - rows.start
 
         # Up: logits, each tile kept as exp(z - highest so far), as in linear_logp.
-        statistics = Statistics.empty(num_rows, hidden)
-        held = []
-        for first in range(0, weight.shape[0], num_columns):
-            end = min(first + num_columns, weight.shape[0])
-            tile = logits[first * num_rows : end * num_rows].view(num_rows, end - first)
-            products.tile(rows, slice(first, end), out=tile)
-            fold_tile_(tile, targets[rows] - first, statistics)
-            held.append((first, tile, statistics.maximum.clone()))
+        statistics, kept, highest = Statistics.empty(num_rows, hidden), [], []
+        for columns in blocks:
+            start, width = columns.start * (D if inside else num_rows), columns.stop - columns.start
+            kept.append(logits[start : start + num_rows * width].view(num_rows, width))
+            for first in range(columns.start, columns.stop, num_columns):
+                tile = kept[-1][:, first - columns.start :][:, :num_columns]
+                _fold_products_(tile, wide_tile, products, rows, first, targets[rows] - first, statistics)
+                highest.append(statistics.maximum.clone())
         row_logp, _ = statistics.finish()
         share = share_of_others(row_logp, statistics.others)
 
@@ -213,24 +227,60 @@ def _forward(
         for stored, value in zip(row_values, (row_grad, row_logp, statistics.maximum, statistics.others), strict=True):
             stored[rows] = value
 
-        # Down: each tile becomes dloss/dlogits and is multiplied out; the first chunk writes dweight, the others add.
-        at_target = (-row_grad * torch.expm1(row_logp))[:, None]
-        if dhidden is not None:
-            dhidden[rows] = at_target * target_weights(weight, targets[rows])
-        for first, tile, highest in held:
-            columns = slice(first, first + tile.shape[1])
-            scale = -row_grad * share * (highest - statistics.maximum).exp_()
-            coefficients = coefficients_(tile, scale, weight.dtype)
+        # Down: each tile becomes dloss/dlogits but for the targets, whose part is added in a wide dtype, and each block
+        # is multiplied out. The first chunk writes dweight, the others add.
+        scales = iter([-row_grad * share * (before - statistics.maximum).exp_() for before in highest])
+        for columns, block in zip(blocks, kept, strict=True):
+            coefficients = space[: block.numel()].view(block.shape) if inside else block
+            for tile, out in zip(block.split(num_columns, 1), coefficients.split(num_columns, 1), strict=True):
+                scale_rows(tile, next(scales), out)
             if dhidden is not None:
                 dhidden[rows] += torch.mm(coefficients, weight[columns])
-            if first_pair > 0:
-                dweight[columns] += torch.mm(coefficients.T, hidden[rows])
-            elif weight.dtype == dtype:
+            if first_pair == 0 and summed == weight.dtype:
                 torch.mm(coefficients.T, hidden[rows], out=dweight[columns])
-            else:
+            elif first_pair == 0:
                 dweight[columns] = torch.mm(coefficients.T, hidden[rows])
-        dweight.index_add_(0, targets[rows].clamp(0, weight.shape[0] - 1), at_target * wide_hidden[rows])
+            elif summed == weight.dtype:
+                dweight[columns].addmm_(coefficients.T, hidden[rows])
+            else:
+                dweight[columns] += torch.mm(coefficients.T, hidden[rows])
+        at_target = (-row_grad * torch.expm1(row_logp))[:, None]
+        if dhidden is not None:
+            dhidden[rows] += at_target * target_weights(weight, targets[rows])
+        _add_rows_(dweight, targets[rows].clamp(0, V - 1), at_target * wide_hidden[rows])
     return loss, logp, dhidden, dweight, row_values
+
+
+def _fold_products_(
+    kept: Tensor,  # (n, c) becomes exp(logit - highest so far), 0 at the targets
+    wide_tile: Tensor,  # room for a tile, or none where kept is wide
+    products: Products,
+    rows: slice,  # n of the hidden states
+    first: int,  # of c columns of the vocabulary
+    own: Tensor,  # (n,) target less the first column
+    statistics: Statistics,  # of these rows, updated
+) -> None:
+    """Some rows at a time: in place where kept is wide, else through a tile that is, rounding once."""
+    rounds = kept.dtype != wide_tile.dtype
+    step, columns = tile_shape(kept.device)[0], slice(first, first + kept.shape[1])
+    for start in range(0, len(own), step):
+        part = slice(start, min(start + step, len(own)))
+        tile = wide_tile[: kept[part].numel()].view(kept[part].shape) if rounds else kept[part]
+        products.tile(slice(rows.start + part.start, rows.start + part.stop), columns, out=tile)
+        fold_tile_(tile, own[part], statistics.of(part), kept[part] if rounds else None)
+
+
+def _add_rows_(
+    matrix: Tensor,  # (V, D), updated
+    at: Tensor,  # (n,) int64, may repeat
+    rows: Tensor,  # (n, D) wide
+) -> None:
+    """matrix.index_add_(0, at, rows), but rounded once where matrix is in half precision."""
+    if matrix.dtype == rows.dtype:
+        matrix.index_add_(0, at, rows)
+        return
+    which, back = at.unique(return_inverse=True)
+    matrix[which] = matrix[which].to(rows.dtype).index_add_(0, back, rows).to(matrix.dtype)
 
 
 def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chunk_tokens, need_hidden):
@@ -311,19 +361,27 @@ def _(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chun
     )
 
 
-def _scaled(gradient: Tensor, by: Tensor) -> Tensor:
-    """gradient * by, rounded once. `by` has a dimension: without one it would be rounded to bfloat16 first."""
-    return torch.mul(gradient, by, out=torch.empty_like(gradient))
+def _one_factor(grad: Tensor) -> Tensor:
+    """What all of grad is, wide as it is, also beside a half-precision operand.
+
+    There a tensor without dimensions is rounded to that operand's dtype first, except on a CPU, where one with
+    dimensions takes 15 times as long.
+    """
+    factor = grad[:1].sum()  # 0 of no pairs
+    return factor if factor.device.type == "cpu" else factor.reshape(1)
+
+
+def _is_one_number(grad: Tensor, may_wait: bool) -> bool:
+    return grad.shape[0] < 2 or grad.stride(0) == 0 or (may_wait and bool((grad == grad[0]).all()))
 
 
 def _scale(grad, hidden, weight, targets, cu_seqlens, dhidden, dweight, *row_values):
     """The gradients for another upstream than 1."""
     of_row = grad[_sequence_of_row(cu_seqlens, hidden) // 2]
     of_row = of_row.masked_fill(targets == IGNORE, 0.0)
-    dhidden = _scaled(dhidden, of_row[:, None]) if dhidden.dim() == 2 else dhidden.clone()
-    expanded = grad.shape[0] < 2 or grad.stride(0) == 0
-    if expanded or bool((grad == grad[0]).all()):
-        return dhidden, _scaled(dweight, grad[:1].sum().reshape(1))
+    dhidden = (dhidden * of_row[:, None]).to(dhidden.dtype) if dhidden.dim() == 2 else dhidden.clone()
+    if _is_one_number(grad, may_wait=True):
+        return dhidden, torch.mul(dweight, _one_factor(grad), out=torch.empty_like(dweight))
     row_grad, *statistics = row_values
     needs = False, True, False
     _, dweight, _ = _linear_logp_backward(
@@ -351,12 +409,24 @@ def _setup_context(ctx, inputs, output):
     hidden, weight, targets, cu_seqlens, *_, ctx.need_hidden = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)  # zeros for dweight are as large as itself
     _, dhidden, dweight, *row_values = rest
     ctx.save_for_backward(hidden, weight, targets, cu_seqlens, dhidden, dweight, *row_values)
 
 
 def _backward(ctx, grad, *_):
-    dhidden, dweight = _linear_weighted_dpo_backward(grad, *ctx.saved_tensors)
+    if grad is None:
+        return (None,) * 9
+    saved = ctx.saved_tensors  # once: under activation checkpointing, looking computes them
+    _, _, targets, _, dhidden, dweight, *_ = saved
+    # Where nobody will ask for the saved gradients again, they become the results, without a second (V, D).
+    ends = type(dweight) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()  # and is not traced
+    if ends and _is_one_number(grad, may_wait=_reading_is_free(grad)):
+        dweight.mul_(_one_factor(grad))
+        if ctx.need_hidden:
+            dhidden.mul_(_one_factor(grad)).masked_fill_((targets == IGNORE)[:, None], 0.0)
+    else:
+        dhidden, dweight = _linear_weighted_dpo_backward(grad, *saved)
     return dhidden if ctx.need_hidden else None, dweight, None, None, None, None, None, None, None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 3  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 4  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -125,6 +125,20 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,  # target logit
         ctypes.c_void_p,  # moment or None
         ctypes.c_void_p,  # shrink
+        ctypes.c_void_p,  # rounded or None
+        ctypes.c_int64,  # its row stride
+        ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
+    ]
+    library.cream_scale_rows.restype = ctypes.c_int
+    library.cream_scale_rows.argtypes = [
+        ctypes.c_void_p,  # tile
+        ctypes.c_int64,  # n
+        ctypes.c_int64,  # c
+        ctypes.c_int64,  # row stride
+        ctypes.c_void_p,  # scale
+        ctypes.c_void_p,  # out
+        ctypes.c_int64,  # its row stride
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]

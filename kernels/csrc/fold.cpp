@@ -1,5 +1,6 @@
-// One step of the online logsumexp over a tile of float32 logits, in place.
-// Meaning: fold_tile_ in linear_logp_native.py.
+// One step of the online logsumexp over a tile of float32 logits, in place or rounded to bfloat16 elsewhere; and what
+// such a tile's rows are scaled by once the whole is known.
+// Meaning: fold_tile_ and scale_rows in linear_logp_native.py.
 //
 // A row of a tile fits into the first level cache, so that its passes (maximum, exponentials and their sum)
 // cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for
@@ -51,9 +52,18 @@ INLINE float exp_nonpositive(float x) {
   return gone ? 0.0f : (p * x * x + x) * power + power;
 }
 
-// x (c,) logits become exp(logit - maximum); returns what the earlier tiles' sums shrink by.
-INLINE float fold_row(float* x, int64_t c, int64_t own, float& maximum, float& others, float& target_logit,
-                      float* moment) {
+// The nearest bfloat16, ties to even; a NaN stays one.
+INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+}
+
+// x (c,) logits become exp(logit - maximum), in rounded too if it is not null; returns what the earlier tiles' sums
+// shrink by.
+INLINE float fold_row(float* x, uint16_t* rounded, int64_t c, int64_t own, float& maximum, float& others,
+                      float& target_logit, float* moment) {
   if (uint64_t(own) < uint64_t(c)) {
     target_logit = x[own];
     x[own] = -std::numeric_limits<float>::infinity();
@@ -82,6 +92,10 @@ INLINE float fold_row(float* x, int64_t c, int64_t own, float& maximum, float& o
       sum += e;
     }
   }
+  if (rounded) {
+#pragma omp simd
+    for (int64_t i = 0; i < c; ++i) rounded[i] = to_bf16(x[i]);
+  }
   const float fall = maximum - top, shrink = exp_nonpositive(fall);
   if (moment) *moment = shrink * (*moment + (fall < kLeast ? kLeast : fall) * others) + first_moment;
   others = others * shrink + sum;
@@ -89,14 +103,32 @@ INLINE float fold_row(float* x, int64_t c, int64_t own, float& maximum, float& o
   return shrink;
 }
 
-typedef float Row(float*, int64_t, int64_t, float&, float&, float&, float*);
+typedef float Row(float*, uint16_t*, int64_t, int64_t, float&, float&, float&, float*);
 
-#define ROW(name, target)                                                                               \
-  target float name(float* x, int64_t c, int64_t own, float& maximum, float& others, float& logit, float* moment) { \
-    return fold_row(x, c, own, maximum, others, logit, moment);                                         \
+#define ROW(name, target)                                                                                \
+  target float name(float* x, uint16_t* rounded, int64_t c, int64_t own, float& maximum, float& others, float& logit, \
+                    float* moment) {                                                                     \
+    return fold_row(x, rounded, c, own, maximum, others, logit, moment);                                 \
   }
 
 EACH_ISA(ROW, row)
+
+INLINE void scale_row(const uint16_t* x, uint16_t* out, int64_t c, float scale) {
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const uint32_t bits = uint32_t(x[i]) << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    out[i] = to_bf16(wide * scale);
+  }
+}
+
+typedef void Scale(const uint16_t*, uint16_t*, int64_t, float);
+
+#define SCALE(name, target) \
+  target void name(const uint16_t* x, uint16_t* out, int64_t c, float scale) { scale_row(x, out, c, scale); }
+
+EACH_ISA(SCALE, scaled)
 
 }  // namespace
 
@@ -112,6 +144,8 @@ extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
     float* target_logit,  // (n,)
     float* moment,        // (n,) or null
     float* shrink,        // (n,) out: exp(old maximum - new maximum)
+    uint16_t* rounded,    // (n, c) bfloat16 out, the same as tile's; or null
+    int64_t rounded_stride,
     int threads,
     int isa               // from cream_top_p_isa, or another one to test it
 ) {
@@ -119,7 +153,26 @@ extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
   if (!row) return -1;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < n; ++r)
-    shrink[r] = row(tile + r * stride, c, columns[r], maximum[r], others[r], target_logit[r],
-                    moment ? moment + r : nullptr);
+    shrink[r] = row(tile + r * stride, rounded ? rounded + r * rounded_stride : nullptr, c, columns[r], maximum[r],
+                    others[r], target_logit[r], moment ? moment + r : nullptr);
+  return 0;
+}
+
+// Returns 0, or -1 for an isa that is not there.
+extern "C" __attribute__((visibility("default"))) int cream_scale_rows(
+    const uint16_t* tile,  // (n, c) bfloat16, rows stride elements apart, columns dense
+    int64_t n,
+    int64_t c,
+    int64_t stride,
+    const float* scale,  // (n,)
+    uint16_t* out,       // (n, c), may be the tile
+    int64_t out_stride,
+    int threads,
+    int isa              // from cream_top_p_isa, or another one to test it
+) {
+  Scale* row = FOR_ISA(scaled, isa);
+  if (!row) return -1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < n; ++r) row(tile + r * stride, out + r * out_stride, c, scale[r]);
   return 0;
 }

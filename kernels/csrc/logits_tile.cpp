@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t kTaskRows = 384;  // a task is so many rows by one panel; a multiple of kRows
+constexpr int64_t kTaskRows = 516;  // a task is so many rows by one panel; a multiple of kRows
 
 TARGET void put(const float* block, int64_t rows, int64_t columns, float* out, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
