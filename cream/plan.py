@@ -16,7 +16,8 @@ from cream.config import Config, LoRAConfig, OptimConfig
 
 CARDS_GB = (24, 40, 80)
 HEAD_TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # linear_logp's: rows and vocabulary held at once, in float32
-HEAD_CHUNK = 1024  # rows of logits that linear_weighted_dpo holds, in float32, or those of one pair where it has more
+HEAD_CHUNK = {"cpu": 1024, "cuda": 2048}  # rows of logits that linear_weighted_dpo holds, or one pair's if more
+HEAD_BLOCK = 4096  # vocabulary that it multiplies out at once on a CPU
 BLOCK = 256  # cream.adamw's, which needs torch: parameters whose 8-bit moments share a scale
 STEP_CHECKPOINTS = 3  # the newest two are kept, and a third exists while it is written
 
@@ -327,11 +328,15 @@ def logp_bytes(shape: Shape, size: int, device: str, rows: int, frozen: bool = F
 
 def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int:
     """linear_weighted_dpo over `rows` hidden states, of which a pair has `pair`: they, and they and their gradient in
-    float32; a chunk's logits; the head's gradient in float32 and then, if that is not its type, in its own."""
-    wide = rows * shape.hidden * (8 + size)
-    chunk = min(rows, max(HEAD_CHUNK, pair)) * shape.vocabulary * 4
-    gradient = shape.vocabulary * shape.hidden * (4 + size)
-    return wide + chunk + gradient + tile_bytes(shape, device)
+    float32; a chunk's logits; the head's gradient in float32 and then, if that is not its type, in its own. One chunk
+    on a CPU needs no sum in float32, and for at most D rows only the room of a block beside the gradient."""
+    V, D = shape.vocabulary, shape.hidden
+    most = max(HEAD_CHUNK[device], pair, D if device == "cpu" else 0)
+    logits, gradient = min(rows, most) * V * (size if device == "cpu" else 4), V * D * (4 if size == 4 else 4 + size)
+    if device == "cpu" and rows <= most:
+        gradient = V * D * size
+        logits = rows * min(HEAD_BLOCK, V) * size if rows <= D else logits
+    return rows * D * (8 + size) + logits + gradient + tile_bytes(shape, device)
 
 
 def _training_parts(

@@ -19,6 +19,9 @@ from cream.config import Config, LoRAConfig, load_recipe
 from cream.log import UserError
 from cream.lora import attach, ready
 from cream.plan import (
+    HEAD_BLOCK,
+    HEAD_CHUNK,
+    HEAD_TILE,
     LLAMA3_8B,
     SHAPES,
     Shape,
@@ -173,12 +176,31 @@ def test_cache_of_sampling():
 
 def test_head_never_holds_all_logits():
     """Llama-3-8B, 8,192 tokens: 8192 * 128256 logits would be 4.2 GB in float32 and as much for their gradient; the
-    fused loss holds a pair's (1,536 rows: 0.8 GB), the head's gradient in float32 and in bf16 (3.2 GB), hidden states
+    fused loss holds 2,048 rows of them (1.1 GB), the head's gradient in float32 and in bf16 (3.2 GB), hidden states
     and they and their gradient in float32 (0.3 GB), and a tile (1.1 GB)."""
     head = dpo_bytes(LLAMA3_8B, 2, "cuda", 1536, 8192)
     tile = 4 * 16384 * (2 * 4096 + 2 * 4096)
-    assert head == 1536 * 128256 * 4 + 128256 * 4096 * 6 + 8192 * 4096 * 10 + tile
+    assert head == 2048 * 128256 * 4 + 128256 * 4096 * 6 + 8192 * 4096 * 10 + tile
     assert head == stages(plan(recipe(), LLAMA3_8B))["train"].bytes_of("head")
+    longer = dpo_bytes(LLAMA3_8B, 2, "cuda", 4096, 8192)  # a pair is never cut
+    assert longer - head == 2048 * 128256 * 4
+
+
+@pytest.mark.parametrize("rows, logits, gradient", [(4096, 4096 * 4096 * 2, 2), (8192, 4096 * 128256 * 2, 6)])
+def test_head_on_a_cpu(rows, logits, gradient):
+    """One chunk of at most D = 4096 rows lies in the gradient's memory; two need a sum in float32."""
+    head = dpo_bytes(LLAMA3_8B, 2, "cpu", 1536, rows)
+    tile = 4 * 1024 * (2 * 512 + 2 * 4096)
+    assert head == logits + 128256 * 4096 * gradient + rows * 4096 * 10 + tile
+
+
+def test_rows_and_tiles_are_those_of_the_kernels():
+    from cream_kernels import linear_weighted_dpo, tiles
+
+    body = sys.modules[linear_weighted_dpo.__module__]
+    cpu, other = body.tile_shape(torch.device("cpu")), body.tile_shape(torch.device("meta"))
+    assert (HEAD_CHUNK, HEAD_TILE) == ({"cpu": 2 * cpu[0], "cuda": tiles.CHUNK_ROWS}, {"cpu": cpu, "cuda": other})
+    assert HEAD_BLOCK == body.BLOCK * cpu[1]
 
 
 def saved_bytes(config, size, lora=None):
