@@ -1,9 +1,10 @@
-"""linear_logp's error beside plain torch's over the shapes of real models, by hand: python tests/accuracy_grid.py
+"""The fused heads' error beside plain torch's over the shapes of real models, by hand: python tests/accuracy_grid.py
 
-On the CPU, or on the GPU where there is one. Both are held to float64 of the same inputs: log-probs, dhidden and
-dweight under a random upstream of each row, trained and frozen head. Relative L2 error at most 1.25 times and largest
-error at most 2 times plain torch's in the same dtype, but for float32 rounding. The suite does the same on smaller
-shapes (test_linear_logp.py); this takes half an hour on two cores and 12 GB at the largest shape.
+On the CPU, or on the GPU where there is one. All are held to float64 of the same inputs: linear_logp's log-probs,
+dhidden and dweight under a random upstream of each row, trained and frozen head; linear_weighted_dpo's loss, log-probs,
+dhidden and dweight. Relative L2 error at most 1.25 times and largest error at most 2 times plain torch's in the same
+dtype, but for float32 rounding. The suite does the same on smaller shapes (test_linear_logp.py,
+test_linear_weighted_dpo.py); this takes an hour on two cores and 12 GB at the largest shape.
 
 N rows, V vocabulary, D hidden size.
 """
@@ -17,8 +18,9 @@ import sys
 import torch
 from torch import Tensor
 
-from cream_kernels import IGNORE, linear_logp, reference
+from cream_kernels import IGNORE, linear_logp, linear_weighted_dpo, reference
 
+BETA = 0.1
 FLOOR = torch.finfo(torch.float32).eps
 TILE = 8192  # rows of weight that float64 takes at once
 
@@ -43,7 +45,7 @@ def problem(N: int, V: int, D: int, device: str) -> tuple[Tensor, ...]:
 class Exact:
     """float64 of the same inputs; the head is widened a tile of the vocabulary at a time."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor):
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor):
         self.hidden, self.weight, self.targets = hidden.double(), weight, targets
         counts = targets != IGNORE
         own = weight[targets.clamp(min=0)].double()
@@ -52,23 +54,25 @@ class Exact:
         z[torch.arange(len(targets), device=z.device), targets.clamp(min=0)] = -torch.inf
         lse = z.logsumexp(1)  # of the other tokens
         self.logp = torch.nn.functional.logsigmoid(target_logit - lse).masked_fill(~counts, 0)
-        share = -torch.expm1(self.logp)  # 1 - p of the target, which the others divide up
-        self.upstream = upstream.masked_fill(~counts, 0)
-        self.p = z.sub_(lse[:, None]).exp_().mul_(share[:, None])  # (N, V), 0 at the target
-        self.dhidden = share[:, None] * own
+        self.share = -torch.expm1(self.logp)  # 1 - p of the target, which the others divide up
+        self.p = z.sub_(lse[:, None]).exp_().mul_(self.share[:, None])  # (N, V), 0 at the target
+        self.direction = self.share[:, None] * own  # dlogp/dhidden
         for tile in self.tiles():
-            self.dhidden -= self.p[:, tile] @ weight[tile].double()
-        self.dhidden *= self.upstream[:, None]
-        self.at_target = share * self.upstream
+            self.direction -= self.p[:, tile] @ weight[tile].double()
+        self.counts = counts
 
     def tiles(self) -> list[slice]:
         V = self.weight.shape[0]
         return [slice(first, min(first + TILE, V)) for first in range(0, V, TILE)]
 
-    def dweight(self, tile: slice) -> Tensor:
-        d = -self.p[:, tile] * self.upstream[:, None]
+    def dhidden(self, upstream: Tensor) -> Tensor:
+        return self.direction * upstream.masked_fill(~self.counts, 0)[:, None]
+
+    def dweight(self, upstream: Tensor, tile: slice) -> Tensor:
+        upstream = upstream.masked_fill(~self.counts, 0)
+        d = -self.p[:, tile] * upstream[:, None]
         here = ((self.targets >= tile.start) & (self.targets < tile.stop)).nonzero()[:, 0]
-        d[here, self.targets[here] - tile.start] = self.at_target[here]
+        d[here, self.targets[here] - tile.start] = (self.share * upstream)[here]
         return d.T @ self.hidden
 
 
@@ -101,27 +105,76 @@ class Error:
         return (self.square / self.norm) ** 0.5 if self.norm else 0.0
 
 
-def compare(exact: Exact, dtype: torch.dtype, given: tuple[Tensor, ...]) -> tuple[bool, str]:
-    """Whether ours is no worse in anything, and a line of relative L2 errors, ours / plain."""
+class Pairs:
+    """Four pairs of sequences that divide the rows up unevenly, and what float64 makes of their loss."""
+
+    def __init__(self, exact: Exact):
+        N, device = len(exact.logp), exact.logp.device
+        self.cu_seqlens = torch.tensor([0, 1, 2, 5, 6, 8, 11, 13, 16]) * N // 16
+        lengths = self.cu_seqlens.diff()
+        self.logp = torch.stack([rows.sum() for rows in exact.logp.split(lengths.tolist())])
+        noise = torch.randn(8, generator=torch.Generator().manual_seed(N), dtype=torch.float64).to(device)
+        self.reference_logp = (self.logp + noise).float()  # near the policy's, so that no pair is settled
+        self.agreement = torch.tensor([1.0, 0.5, 0.0, 0.8], device=device)
+        ratio = self.logp - self.reference_logp.double()
+        margin = (BETA * (ratio[::2] - ratio[1::2])).requires_grad_()
+        self.loss = reference.weighted_dpo(margin, self.agreement.double())
+        (slope,) = torch.autograd.grad(self.loss.sum(), margin)
+        by_sequence = BETA * torch.stack((slope, -slope), 1).flatten()
+        self.upstream = by_sequence.repeat_interleave(lengths.to(device))
+
+    def run(self, function, hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        constants = self.cu_seqlens, self.reference_logp, self.agreement
+        loss, logp = function(hidden, weight, targets, *constants, beta=BETA)
+        return [loss.detach(), logp.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight))]
+
+
+def compare(exact: Exact, pairs: Pairs, dtype: torch.dtype, given: tuple[Tensor, ...]) -> tuple[bool, str]:
+    """Whether ours are no worse in anything, and a line of relative L2 errors, ours / plain."""
     given = (given[0].to(dtype), given[1].to(dtype), *given[2:])
+    good, line = compare_logp(exact, given)
+    good_too, more = compare_dpo(exact, pairs, given[:3])
+    return good and good_too, f"{line}  {more}"
+
+
+def compare_dpo(exact: Exact, pairs: Pairs, given: tuple[Tensor, ...]) -> tuple[bool, str]:
+    ours, plain = pairs.run(linear_weighted_dpo, *given), pairs.run(reference.linear_weighted_dpo, *given)
+    truths = pairs.loss, pairs.logp, exact.dhidden(pairs.upstream)
+    found = dict(zip(("loss", "sums", "dpo dhidden"), zip(ours, plain, truths, strict=False), strict=True))
+    return judge(exact, pairs.upstream, found, "dpo dweight", (ours[3], plain[3]))
+
+
+def compare_logp(exact: Exact, given: tuple[Tensor, ...]) -> tuple[bool, str]:
     with torch.no_grad():
         scored = linear_logp(*given[:3])
     _, frozen = run(linear_logp, *given, frozen=True)
     ours = run(linear_logp, *given, frozen=False)
     plain = run(reference.linear_logp, *given, frozen=False)  # the same logp and dhidden with a frozen head
+    dhidden = exact.dhidden(given[3])
     found = {
         "scored": (scored, plain[0], exact.logp),
         "logp": (ours[0], plain[0], exact.logp),
-        "dhidden": (ours[1], plain[1], exact.dhidden),
-        "frozen dhidden": (frozen, plain[1], exact.dhidden),
+        "dhidden": (ours[1], plain[1], dhidden),
+        "frozen dhidden": (frozen, plain[1], dhidden),
     }
-    errors = {name: (Error(), Error()) for name in (*found, "dweight")}
+    return judge(exact, given[3], found, "dweight", (ours[2], plain[2]))
+
+
+def judge(
+    exact: Exact,
+    upstream: Tensor,
+    found: dict[str, tuple[Tensor, Tensor, Tensor]],  # ours, plain, exact
+    dweight: str,
+    dweights: tuple[Tensor, Tensor],  # ours, plain
+) -> tuple[bool, str]:
+    errors = {name: (Error(), Error()) for name in (*found, dweight)}
     for name, (*sides, truth) in found.items():
         for error, side in zip(errors[name], sides, strict=True):
             error.add(side, truth)
     for tile in exact.tiles():
-        truth = exact.dweight(tile)
-        for error, side in zip(errors["dweight"], (ours[2], plain[2]), strict=True):
+        truth = exact.dweight(upstream, tile)
+        for error, side in zip(errors[dweight], dweights, strict=True):
             error.add(side[tile], truth)
     worse = [name for name, (of_ours, of_plain) in errors.items() if not of_ours.no_worse_than(of_plain)]
     line = "  ".join(f"{name} {o.relative():.1e}/{p.relative():.1e}" for name, (o, p) in errors.items())
@@ -139,9 +192,10 @@ def main() -> int:
     bad = 0
     for V, D, N in itertools.product(args.V, args.D, args.N):
         given = problem(N, V, D, device)
-        exact = Exact(*given)
+        exact = Exact(*given[:3])
+        pairs = Pairs(exact)
         for dtype in args.dtype:
-            good, line = compare(exact, getattr(torch, dtype), given)
+            good, line = compare(exact, pairs, getattr(torch, dtype), given)
             bad += not good
             print(f"V {V} D {D} N {N} {dtype}: {line}", flush=True)
     print(f"{bad} shapes worse than plain torch" if bad else "no shape worse than plain torch")
