@@ -5,7 +5,8 @@ pairs ranked oppositely, pairs untied in x, pairs untied in y), so that which wa
 
     NumPy           one vectorised comparison for each column but the first; for little work, where loading numba would
                     take longer than the answer, and where numba is not installed
-    pair counting   Numba, every pair of columns, 32 rows side by side in vector registers: O(R^2), for R <= 256
+    pair counting   Numba, every pair of columns, 32 rows side by side in vector registers: O(R^2), for R <= 256 or,
+                    both in float32, 512
     sorting         Numba, O(R log R), for longer rankings: W. R. Knight 1966 (doi 10.1080/01621459.1966.10480879) with
                     radix sorts for his merging, since no comparison is there for a processor to guess wrong
 
@@ -27,7 +28,7 @@ from torch import Tensor
 _NUMPY_COMPARISONS = 2**27
 _NUMPY_COMPARISONS_WITH_NUMBA_LOADED = 2**10
 _done_by_numpy = 0  # comparisons, as long as numba is not loaded
-_LONGEST_PAIR_COUNTED = 256
+_LONGEST_PAIR_COUNTED = 2**11  # bytes: the same registers compare twice as many numbers of half the size
 _LANES = 32
 _NEAR = 16  # distance up to which comparing all pairs in vector registers beats moving them
 
@@ -84,7 +85,7 @@ def _count(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # (P, 3) int64
     comparisons = num_rows * length * (length - 1) // 2
     if _numpy_does(comparisons):
         return _count_numpy(x, y)
-    sorting = length > _LONGEST_PAIR_COUNTED
+    sorting = length > _LONGEST_PAIR_COUNTED // max(x.itemsize, y.itemsize)
     try:
         count = _compiled(_count_sorting if sorting else _count_pairs)
     except ModuleNotFoundError as missing:
