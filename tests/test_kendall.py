@@ -17,7 +17,7 @@ from scipy import stats
 from cream_kernels import kendall_tau, reference
 
 module = sys.modules["cream_kernels.kendall"]
-WAYS = ["numpy", "pairs", "merging"]
+WAYS = ["numpy", "pairs", "sorting"]
 
 
 def take(monkeypatch, way):
@@ -25,7 +25,7 @@ def take(monkeypatch, way):
     limit = 2**62 if way == "numpy" else -1
     monkeypatch.setattr(module, "_NUMPY_COMPARISONS", limit)
     monkeypatch.setattr(module, "_NUMPY_COMPARISONS_WITH_NUMBA_LOADED", limit)
-    monkeypatch.setattr(module, "_LONGEST_PAIR_COUNTED", -1 if way == "merging" else 2**62)
+    monkeypatch.setattr(module, "_LONGEST_PAIR_COUNTED", -1 if way == "sorting" else 2**62)
 
 
 @pytest.fixture(params=WAYS)
@@ -155,6 +155,43 @@ def test_long_ranking_is_not_quadratic(monkeypatch):
     np.testing.assert_allclose(kendall_tau(x, y), scipy_tau(x, y), rtol=0, atol=1e-14)
 
 
+def as_dtype(ranks, dtype):
+    """Numbers in the order of ranks, of both signs where there are two, and of several sizes."""
+    middle = ranks.shape[-1] // 2
+    if dtype == np.uint64:
+        return ranks.astype(np.uint64) + np.uint64(2**64 - 2**20)  # the higher digits all alike
+    if dtype == np.int64:
+        return (ranks - middle) * 2**45 + ranks
+    return np.sinh((ranks - middle) / 50).astype(dtype)
+
+
+@pytest.mark.parametrize("R", [2, 15, 16, 17, 33, 64, 257, 513, 1000, 4097])
+@pytest.mark.parametrize("dtypes", [(np.float64, np.uint64), (np.float32, np.int64)])
+def test_sorting_counts_what_comparing_counts(monkeypatch, R, dtypes):
+    generator = np.random.default_rng(R)
+    rising, shuffled = np.arange(R), generator.permutation(R)
+    tied, near = generator.integers(0, 7, R), rising + generator.integers(0, 40, R)
+    orders = [rising, rising[::-1], np.zeros(R, dtype=np.int64), rising // 3, shuffled, shuffled // 5, tied, near]
+    first, second = np.triu_indices(len(orders))
+    x, y = as_dtype(np.stack(orders)[first], dtypes[0]), as_dtype(np.stack(orders)[second], dtypes[1])
+    expected = module._count_numpy(x, y)
+    take(monkeypatch, "sorting")
+    assert np.array_equal(module._count(x, y), expected)
+    assert np.array_equal(module._count(np.asfortranarray(y), np.asfortranarray(x)), expected[:, [0, 2, 1]])
+
+
+def test_sorting_special_values(monkeypatch):
+    take(monkeypatch, "sorting")
+    generator = np.random.default_rng(0)
+    some = [-math.inf, math.inf, -0.0, 0.0, 1.0, -1.0, 1e-45, -1e-45, 1e38, -1e38]
+    x, y = generator.choice(some, (6, 700)), generator.choice(some, (6, 700))
+    for dtype in (np.float32, np.float64):
+        a, b = x.astype(dtype), y.astype(dtype)
+        assert np.array_equal(module._count(a, b), module._count_numpy(a, b))
+    x[2, 5], y[4, 699] = math.nan, -math.nan
+    assert np.flatnonzero(np.isnan(kendall_tau(x, y))).tolist() == [2, 4]
+
+
 def large():
     return rankings(120_001, 10, dtype=np.float32)  # which 3 threads do not divide
 
@@ -170,6 +207,17 @@ def test_many_threads_at_once(monkeypatch):
     expected = module._count_numpy(*numbers)
     with ThreadPoolExecutor(6) as pool:
         for counts in pool.map(lambda _: module._count(*numbers), range(12)):
+            assert np.array_equal(counts, expected)
+
+
+@pytest.mark.parametrize("P, R", [(7, 3000), (70, 2000)])  # 3 and 4 blocks, which divide neither
+def test_long_rankings_on_many_threads(monkeypatch, P, R):
+    take(monkeypatch, "sorting")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    numbers = rankings(P, R)
+    expected = module._count_numpy(*numbers)
+    with ThreadPoolExecutor(4) as pool:
+        for counts in pool.map(lambda _: module._count(*numbers), range(4)):
             assert np.array_equal(counts, expected)
 
 
