@@ -76,11 +76,21 @@ def test_equal_logits_are_counted_from_the_lower_id_up(small_blocks):
     logits = torch.zeros(5, 130)  # 65 of them are the nucleus, which ends with the first one of a block
     uniform = [0.0, 63.5 / 65, 63.999 / 65, 64.001 / 65, ALMOST_1]
     assert sample(logits, uniform, 1.0, 0.5).tolist() == [0, 63, 63, 64, 64]
+    assert sample(logits[:2], [64.5 / 130, 100.5 / 130]).tolist() == [64, 100]
     logits[:, 1::2] = -0.0  # the same logit
     assert sample(logits, uniform, 1.0, 0.5).tolist() == [0, 63, 63, 64, 64]
     logits[:, 129] = 1e-3  # the most probable one comes first in the nucleus, and last in id order
     tokens = sample(logits, [0.0, 62.5 / 65, 63.5 / 65, 64.5 / 65, ALMOST_1], 1.0, 0.5)
     assert tokens.tolist() == [0, 62, 63, 129, 129]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_negative_logits_at_the_edge(small_blocks, dtype):
+    """Their weight is that of the logit that was searched for, to the last of its bits."""
+    logits = torch.full((1, 150), -8.0, dtype=dtype)
+    logits[0, 0] = -1
+    weight = math.exp(-7)
+    assert sample(logits, [ALMOST_1], 1.0, (1 + 99.5 * weight) / (1 + 149 * weight)).tolist() == [100]
 
 
 def test_levels_and_bans(small_blocks):
