@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cream_kernels import IGNORE, gather_logp_triton, linear_logp_triton, tiles, weighted_dpo_triton
+from cream_kernels import IGNORE, gather_logp_triton, linear_logp_triton, tiles, top_p_triton, weighted_dpo_triton
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -65,6 +65,7 @@ def launch_everything(arch: str) -> None:
     N, V, D = 256, 1024, 128
     targets = torch.arange(N)
     targets[::7] = IGNORE
+    uniform = torch.zeros(2, dtype=torch.float64)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         hidden, weight = torch.zeros(N, D, dtype=dtype), torch.zeros(V, D, dtype=dtype)
         logits, rows = torch.zeros(N, V, dtype=dtype), torch.zeros(N)
@@ -86,12 +87,14 @@ def launch_everything(arch: str) -> None:
         strided = logits[::2, ::2]
         gather_logp_triton.statistics(strided, targets[::2], None, 1.0, 0.0, False)
         gather_logp_triton.gradient_into(strided, rows[::2], strided, targets[::2], None, rows, rows, rows, 1.0, 0.0)
+        top_p_triton.sample(torch.zeros(2, 2 * tiles.ROW_BLOCK, dtype=dtype), uniform, 1.0, 0.9)
         chunks = [(0, 2, slice(0, N))]
         weighted_dpo_triton.forward(
             hidden, weight, targets, torch.tensor([0, 64, 128, 192, N]), chunks, rows[:4], rows[:2], 0.1, True
         )
     weighted_dpo_triton.loss_and_slope(rows, torch.zeros(()).expand(N))
     weighted_dpo_triton.loss_and_slope(rows, rows)
+    top_p_triton.sample(torch.zeros(2, 2 * tiles.ROW_BLOCK + 1), uniform, 1.0, 0.9)  # rows at odd addresses
 
 
 def compiled_for(arch: str) -> dict:

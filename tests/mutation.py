@@ -93,7 +93,7 @@ def run_tests(directory: Path, file: str, expression: str) -> tuple[int, str]:
     known = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     known |= {"PYTHONPATH": f"{directory}:{directory / 'kernels'}", "OMP_NUM_THREADS": "1"}
     known |= {"PYTHONDONTWRITEBYTECODE": "1"}
-    if file == "triton_bodies.py":
+    if file.startswith("triton_"):
         known["TRITON_INTERPRET"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", IN_THE_COPY, str(directory), f"tests/{file}", "-k", expression],

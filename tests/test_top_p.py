@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cream_kernels import native
 from cream_kernels import top_p as module
@@ -185,6 +186,14 @@ def test_banned_tokens_are_never_drawn(path, temperature, top_p):
     for u in (0.0, 0.5, math.nextafter(1, 0)):
         uniform = torch.full((3,), u, dtype=torch.float64)
         assert sample(path, logits, uniform, temperature, top_p).tolist() == [137] * 3
+
+
+def test_cuda_goes_to_triton(monkeypatch):
+    monkeypatch.setattr(module, "triton_serves", lambda tensor: tensor.dtype != torch.float64)
+    monkeypatch.setattr(module, "top_p_sample_triton", lambda logits, *given: (logits.shape, *given[1:]))
+    with FakeTensorMode():
+        logits, uniform = torch.empty(2, 5, device="cuda"), torch.empty(2, dtype=torch.float64, device="cuda")
+        assert top_p_sample(logits, uniform, temperature=0.8, top_p=0.9) == ((2, 5), 0.8, 0.9)
 
 
 def test_no_rows():

@@ -11,6 +11,7 @@ import pytest
 import cream_kernels
 
 TESTS = Path(__file__).parent
+INTERPRETED = [str(TESTS / name) for name in ("triton_bodies.py", "triton_top_p.py")]
 SOURCES = sorted(Path(cream_kernels.__file__).parent.glob("*_triton.py"))
 
 
@@ -30,7 +31,7 @@ def processes(tmp_path_factory):
     pytest.importorskip("triton")
     directory = tmp_path_factory.mktemp("triton")
     commands = {
-        "interpreter": ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "triton_bodies.py")),
+        "interpreter": ("-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED),
         "compiler": (str(TESTS / "compile_kernels.py"),),
     }
     logs = {name: directory / f"{name}.txt" for name in commands}
@@ -131,6 +132,7 @@ def test_every_kernel_has_been_read():
         "gather_logp_triton.gradient_kernel",
         "linear_logp_triton.partials_kernel",
         "linear_logp_triton.combine_kernel",
+        "top_p_triton.sample_kernel",
         "weighted_dpo_triton.pairs_kernel",
         "weighted_dpo_triton.weighted_dpo_kernel",
     } <= names

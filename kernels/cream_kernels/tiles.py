@@ -44,6 +44,7 @@ ROW_BLOCK = 4096  # columns of a row of logits that a program reads at once
 ROW_WARPS = 8
 COMBINE_ROWS, COMBINE_TILES = 32, 32  # of the partial sums, a program's rows and how many tiles it reads at once
 PAIR_BLOCK = 1024  # rows of a sequence read at once
+SAMPLE_BLOCK, SAMPLE_WAYS = 2048, 8  # columns that the sampler sums at once, and for how many thresholds
 
 # Rows of logits held at a time where the vendor's product makes them. A chunk also reads and writes the (V, D) float32
 # sum of dweight once, so it needs rows enough to be worth it; where there is no such sum, memory decides.

@@ -3,7 +3,8 @@
 Letters: N rows, V vocabulary, K tokens looked at first.
 
 The caller brings the randomness, one number in [0, 1) a row, so the same number draws the same token whatever
-the batch, the machine or the path below: C++ without a sort on the CPU (kernels/csrc/top_p.cpp), torch elsewhere.
+the batch, the machine or the path below: without a sort in C++ on the CPU (kernels/csrc/top_p.cpp) and in Triton on
+CUDA (top_p_triton.py), torch elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .linear_logp import triton_serves
 
 TOP_K = 512  # tokens that the torch path looks at before it sorts a row; a language model's nucleus is rarely larger
 
@@ -35,13 +37,16 @@ def top_p_sample(
     where a cumulative mass lies within float32 rounding (1e-6) of top_p or of the uniform number.
 
     Raises ValueError for wrong shapes, types or ranges, and for a row that has no distribution (a NaN, a +inf, or
-    nothing but -inf), naming the row. Costs one pass over DRAM on the CPU, no sort; on other devices a top-k, a sort
-    of just the rows whose nucleus is larger than that, and one synchronisation.
+    nothing but -inf), naming the row. Costs one pass over DRAM on the CPU and on CUDA, no sort, and no memory to speak
+    of; on other devices a top-k and a sort of just the rows whose nucleus is larger than that. Off the CPU the host
+    waits once, for what there is to refuse.
     """
     _check(logits, uniform, temperature, top_p)
     N, V = logits.shape
     if N == 0:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
+    if logits.device.type == "cuda" and triton_serves(logits):
+        return top_p_sample_triton(logits, uniform, temperature, top_p)
     library = native.load()
     if library is None or logits.device.type != "cpu":
         return top_p_sample_torch(logits, uniform, temperature, top_p)
@@ -98,6 +103,19 @@ def top_p_sample_native(library, logits: Tensor, uniform: Tensor, temperature: f
     return tokens
 
 
+def top_p_sample_triton(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The CUDA path, for all three dtypes. Columns that are not dense are copied."""
+    from . import top_p_triton
+
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens = top_p_triton.sample(logits, uniform, _scale(temperature) if temperature else 0.0, top_p)
+    lowest = int(tokens.min())  # the one synchronisation
+    if lowest < 0:
+        _refuse(logits, uniform, [True, lowest == top_p_triton.BAD_UNIFORM], tokens < 0)
+    return tokens
+
+
 def top_p_sample_torch(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     """The torch path, any device."""
     V = logits.shape[1]
@@ -109,9 +127,7 @@ def top_p_sample_torch(logits: Tensor, uniform: Tensor, temperature: float, top_
         _refuse(logits, uniform, torch.stack([bad.any(), bad_uniform.any()]).tolist(), bad)
         return tokens
 
-    # kept finite, so that the largest logit gives 0 * scale = 0, and above 0, so that a banned one gives -inf
-    limits = torch.finfo(torch.float32)
-    scale = min(max(1 / temperature, limits.tiny), limits.max)
+    scale = _scale(temperature)
     if top_p >= 1:
         _refuse(logits, uniform, torch.stack([bad.any(), bad_uniform.any()]).tolist(), bad)
         return _draw(_weights(logits, largest, scale), uniform)
@@ -156,6 +172,11 @@ def _sample_sorted(
     keep = (mass - weight) < top_p * total[:, None]
     keep[:, 0] = True
     return _draw(torch.zeros_like(weight).scatter_(1, ids, weight.where(keep, 0.0)), uniform)
+
+
+def _scale(temperature: float) -> float:
+    """1 / temperature within float32: the largest logit gives 0 * scale = 0, a banned one -inf * scale = -inf."""
+    return min(max(1 / temperature, torch.finfo(torch.float32).tiny), 1e38)
 
 
 def _weights(logits: Tensor, largest: Tensor, scale: float) -> Tensor:
