@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from bench import harness, options, tables
-from cream_kernels import native
+from cream_kernels import native, top_p_sample
 from cream_kernels.top_p import top_p_sample_native, top_p_sample_reference, top_p_sample_torch
 
 TEMPERATURE, TOP_P = 0.8, 0.95
@@ -43,10 +43,12 @@ def implementations(logits: Tensor, uniform: Tensor) -> dict:
         "cream torch": partial(top_p_sample_torch, logits, uniform, TEMPERATURE, TOP_P),
         "transformers": partial(draw_warped, logits),
     }
+    if logits.device.type == "cuda":
+        return {"cream": partial(top_p_sample, logits, uniform, temperature=TEMPERATURE, top_p=TOP_P), **found}
     library = native.load()
     if library is None:
         print(f"no native library: {native.why_not()}")
-    elif logits.device.type == "cpu":
+    else:
         ours = partial(top_p_sample_native, library, logits, uniform, TEMPERATURE, TOP_P, library.cream_top_p_isa())
         found = {"cream native": ours, **found}
     return found
