@@ -40,7 +40,8 @@ def padded_full_logits(model, groups: list, batch_size: int) -> list[float]:
             answer[row, len(prompt) : end] = True
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits
-        logp = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None])[:, :, 0]
+        wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays so: it is the truth
+        logp = torch.log_softmax(wide, -1).gather(2, ids[:, 1:, None])[:, :, 0]
         sums += (logp * answer[:, 1:]).sum(1).tolist()
     return sums
 
