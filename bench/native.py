@@ -109,6 +109,22 @@ def fold_of_a_tile(n: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
     return truth, {"native": lambda: run(ours.fold_tile_), "cream torch": lambda: run(fold_torch_)}
 
 
+def scale_of_a_tile(n: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
+    """Rows of a bfloat16 tile times a float32 each, rounded once."""
+    g = torch.Generator().manual_seed(3)
+    tile, scale = torch.rand(n, c, generator=g).bfloat16(), torch.randn(n, generator=g)
+    out = torch.empty_like(tile)
+
+    def in_torch() -> Tensor:
+        return out.copy_(tile.float().mul_(scale[:, None]))
+
+    def in_cpp() -> Tensor:
+        ours.scale_rows(tile, scale, out)
+        return out
+
+    return tile.double() * scale.double()[:, None], {"native": in_cpp, "cream torch": in_torch}
+
+
 def decoding(A: int, U: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Callable]]:
     """One layer's attention of SmolLM2-135M for A new tokens, five answers to a prompt, over U columns in use."""
     H, K, E, R = 9, 3, 64, 5
@@ -142,12 +158,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pieces", nargs="*", help="only those whose name begins so")
     args = parser.parse_args()
     a_row = torch.empty(1, 2, dtype=torch.bfloat16)
     if reason := ours.why_not(a_row, a_row):
         raise SystemExit(f"nothing to measure: {reason}")
     n, c = TILE
     pieces = [("fold tile", [n, c], partial(fold_of_a_tile, n, c))]
+    pieces += [("scale rows of a tile", [n, c], partial(scale_of_a_tile, n, c))]
     for name in ("float32", "bfloat16"):
         pieces.append((f"decode attention, {name}", [160, 150], partial(decoding, 160, 150, getattr(torch, name))))
     for model in args.models:
@@ -156,6 +174,8 @@ def main() -> None:
         pieces += [(f"logits tile, {model}", [n, D, c], partial(tile_of_logits, n, D, c))]
     rows = []
     for piece, shape, prepare in pieces:
+        if args.pieces and not piece.startswith(tuple(args.pieces)):
+            continue
         truth, run = prepare()
         errors = check(truth, run)
         for threads in args.threads:
