@@ -17,10 +17,10 @@ from cream.config import EvaluateConfig
 from cream.data import Example, encode_prompt
 from cream.log import progress
 from cream.model import stop_ids
-from cream.run import Work
 from cream.sample import generate
 from cream.score import score
 from cream.tasks.answers import continuations, is_correct
+from cream.work import Work
 
 
 def answer(

@@ -20,10 +20,9 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,110 +41,10 @@ from cream.checkpoint import (
     write_atomic,
 )
 from cream.log import UserError, say
+from cream.work import Work, checked, line_of
 
 CONFIG, LEDGER, LOCK, WORK, ROW = "config.yaml", "ledger.jsonl", ".cream.lock", ".work", "row.json"
-VISIBLE_SECONDS = 60  # for which NFS may go on saying that a file is not there (acdirmax)
 RESERVED = {CONFIG, LEDGER, "metrics.jsonl"}
-NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")  # none hidden, no "..", not absolute
-
-
-class Work:
-    """What the body of a stage writes to: its outputs, parts that survive a kill, scratch that survives a kill."""
-
-    def __init__(self, directory: Path, outputs: Sequence[str]) -> None:
-        self.directory = directory
-        self.outputs = tuple(outputs)
-        self._facts: dict[str, Any] = {}
-
-    def path(self, output: str) -> Path:
-        """Where to write an output, a file or a directory; it gets its own name when the stage is complete."""
-        if output not in self.outputs:
-            raise ValueError(f"{output!r} is not among the outputs of this stage: {', '.join(self.outputs)}")
-        path = self.directory / "out" / output
-        os.makedirs(path.parent, exist_ok=True)
-        return path
-
-    def finish(self, output: str) -> None:
-        """Make an output that is written durable before the stage is: after a kill it need not be written again."""
-        written, done = self.path(output), self.directory / "done" / output
-        with disk_errors(done):
-            make_directory(done.parent)
-            fsync_tree(written)
-        replace_path(written, done)
-
-    def write_rows(self, output: str, rows: Iterable[Mapping]) -> Path:
-        """Write an output as JSONL, UTF-8, and return `path(output)`."""
-        path = self.path(output)
-        with open(path, "wb") as file:
-            file.writelines(map(_line, rows))
-        return path
-
-    def parts(self, name: str, count: int) -> Sequence[int]:
-        """The indices in range(count) whose part is not there yet, or is damaged (said by name): this rank's of them,
-        as dealt out over the ranks by rank 0, which has looked."""
-        return dist.share(dist.agree(list(self._missing(name, count)) if dist.is_main() else None))
-
-    def _missing(self, name: str, count: int) -> Iterator[int]:
-        for index in range(count):
-            rows, problem = self._read(name, index)
-            if rows is None:
-                if self._part(name, index).exists():
-                    say(f"{problem}; that part is made again")
-                yield index
-
-    def put(self, name: str, index: int, rows: Iterable[Mapping]) -> None:
-        """Store one part durably. It stays until the stage is complete, or its inputs or settings change."""
-        path = self._part(name, index)
-        body = b"".join(map(_line, rows))
-        with disk_errors(path):
-            make_directory(path.parent)
-        write_atomic(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-
-    def get(self, name: str, index: int) -> list[dict]:
-        """The rows of a part that was put. UserError where it is missing or damaged since.
-
-        A part that a rank on another node has just put may take a while to be seen on a network disk.
-        """
-        rows, problem = self._read(name, index)
-        for _ in range(0 if dist.size() == 1 else VISIBLE_SECONDS):
-            if rows is not None or self._part(name, index).exists():
-                break
-            time.sleep(1)
-            rows, problem = self._read(name, index)
-        if rows is None:
-            raise UserError(f"{problem}; start again with --resume and it is made again")
-        return rows
-
-    def keep(self, name: str) -> Path:
-        """A scratch directory that survives a kill, for step checkpoints; gone when the stage is complete."""
-        path = self.directory / "keep" / _checked(name)
-        with disk_errors(path):
-            make_directory(path)
-        return path
-
-    def facts(self, **values: Any) -> None:
-        """Numbers to record with the stage in the ledger: tokens, tokens_per_second, ...
-
-        `seconds` of the body are recorded anyway, and `resumed: true` where they are only those since the last kill.
-        """
-        self._facts.update(values)
-
-    def _written(self, output: str) -> Path:
-        path = self.directory / "out" / output
-        return path if path.exists() else self.directory / "done" / output
-
-    def _part(self, name: str, index: int) -> Path:
-        return self.directory / "parts" / _checked(name) / f"{index:06d}.jsonl"
-
-    def _read(self, name: str, index: int) -> tuple[list[dict] | None, str]:
-        path = self._part(name, index)
-        try:
-            digest, _, body = path.read_bytes().partition(b"\n")
-        except OSError as error:
-            return None, f"{path}: {error.strerror}"
-        if digest != hashlib.sha256(body).hexdigest().encode():
-            return None, f"{path}: not as it was written (its SHA-256 differs)"
-        return [json.loads(line) for line in body.split(b"\n")[:-1]], ""
 
 
 class Run:
@@ -223,7 +122,7 @@ class Run:
         if self._lock is None:
             raise ValueError("the run is closed")
         finals = [self._inside(output) for output in outputs]
-        directory = self.directory / WORK / _checked(name).replace("/", "+")  # "+" is in no name, so no two stages meet
+        directory = self.directory / WORK / checked(name).replace("/", "+")  # "+" is in no name, so no two stages meet
         key = {"inputs": _hash_inputs(name, inputs), "settings_sha256": _hash_settings(settings)}
         work = Work(directory, outputs)
         with disk_errors(self.directory):
@@ -241,10 +140,10 @@ class Run:
         killed_late = row is not None  # the body had ended: only names and the ledger's row were missing
         if row is None:
             row = self._make(name, body, work, inputs, key, resumed)
-            write_atomic(directory / ROW, _line(row))
+            write_atomic(directory / ROW, line_of(row))
 
         for output, final in zip(outputs, finals, strict=True):
-            written = work._written(output)
+            written = work.written(output)
             if written.exists():
                 with disk_errors(final):
                     make_directory(final.parent)
@@ -254,7 +153,7 @@ class Run:
             remove(directory)
             return self.stage(name, body, inputs=inputs, outputs=outputs, settings=settings)
         with disk_errors(self.directory / LEDGER):
-            _append(self.directory / LEDGER, _line(row))
+            _append(self.directory / LEDGER, line_of(row))
             self._rows[name] = row
             remove(directory)
         dist.tell("done")
@@ -276,14 +175,14 @@ class Run:
         hashes: dict[str, str] = {}
         with disk_errors(work.directory):
             for output in work.outputs:
-                written = work._written(output)
+                written = work.written(output)
                 if not written.exists():
                     raise ValueError(f"stage {name} did not write its output {output}")
                 fsync_tree(written)
                 inner = hash_files(written) if written.is_dir() else {}
                 files |= {f"{output}/{file}": digest for file, digest in inner.items()}
                 hashes[output] = hash_names(inner) if written.is_dir() else hash_tree(written)
-        return {"stage": name, "time": _now(), **key, "outputs": hashes, "files": files, "facts": facts | work._facts}
+        return {"stage": name, "time": _now(), **key, "outputs": hashes, "files": files, "facts": facts | work.recorded}
 
     def finished(self, name: str, outputs: Sequence[str]) -> list[Path]:
         """The paths of a completed stage's outputs, intact, whatever its inputs and settings were.
@@ -303,7 +202,7 @@ class Run:
         return finals
 
     def _inside(self, output: str) -> Path:
-        path = self.directory / _checked(output)
+        path = self.directory / checked(output)
         if output in RESERVED:
             raise ValueError(f"{output!r} is the run's own file")
         if not path.parent.resolve().is_relative_to(self.directory.resolve()):
@@ -369,35 +268,8 @@ class Follower:
         pass
 
 
-def read_rows(path: Path | str) -> list[dict]:
-    """The rows of a JSONL file of a run. UserError, with the line's number, where one is not a JSON object."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); run the stage that wrote it again") from error
-            if not isinstance(rows[-1], dict):
-                raise UserError(f"{path}:{number}: not a JSON object; run the stage that wrote it again")
-    return rows
-
-
-def _checked(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot name a stage, an output or a part: letters, digits and _ - . with / between")
-    return name
-
-
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
-
-
-def _line(row: Mapping) -> bytes:
-    try:
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as JSON data may hold: only its escape is valid UTF-8
-        return (json.dumps(row) + "\n").encode()
 
 
 def _now() -> str:

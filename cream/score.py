@@ -24,7 +24,7 @@ from cream.log import UserError, progress, say
 from cream.meter import forward_flops, memory_gb, utilization
 from cream.model import Resident, context_length, head
 from cream.packing import Group, batches, group_tokens, pack, read
-from cream.run import Work
+from cream.work import Work
 from cream_kernels import linear_logp
 
 

@@ -19,7 +19,7 @@ from cream.meter import training_flops
 from cream.model import head
 from cream.optim import Schedule, descend
 from cream.packing import Labelled, Packed, batches, labelled_tokens, pack_labelled, read
-from cream.run import Work
+from cream.work import Work
 from cream_kernels import IGNORE, linear_logp
 
 

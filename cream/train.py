@@ -36,9 +36,10 @@ from cream.evaluate import evaluate
 from cream.log import Metrics, UserError, entry, progress, say
 from cream.model import ADAPTER, Resident, choose_dtype, config_value, fetch, import_model, load_tokenizer
 from cream.rows import is_file_name
-from cream.run import Follower, Run, Work, read_rows
+from cream.run import Follower, Run
 from cream.sample import sample
 from cream.score import score_all
+from cream.work import Work, read_rows
 from cream_kernels import native
 
 

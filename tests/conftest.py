@@ -100,7 +100,7 @@ def loaded(tiny):
 @pytest.fixture
 def work(tmp_path):
     """A Work outside any run: parts, keeps and outputs under the test's own directory."""
-    from cream.run import Work
+    from cream.work import Work
 
     class AnyWork(Work):
         def __init__(self):

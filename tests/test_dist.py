@@ -27,7 +27,7 @@ from cream.config import ModelConfig, OptimConfig, TrainConfig
 from cream.log import Metrics, UserError, say
 from cream.model import Resident, load
 from cream.packing import batches
-from cream.run import Work
+from cream.work import Work
 from tests.conftest import write_model
 from tests.test_dpo import pairs_of
 from tests.test_tiny import arguments, rows, stages

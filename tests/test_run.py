@@ -24,10 +24,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cream import checkpoint, run
+from cream import checkpoint, work
 from cream.checkpoint import load_latest, save_step
 from cream.log import UserError
-from cream.run import Run, Work, read_rows
+from cream.run import Run
+from cream.work import Work, read_rows
 
 UNITS, STEPS = 3, 3
 OWN = {"config.yaml", "ledger.jsonl", ".cream.lock"}
@@ -468,7 +469,7 @@ class Faults:
         self.count, self.at = 0, 0
         for module, name in ((os, "fsync"), (os, "replace"), (os, "write"), (os, "mkdir"), (checkpoint, "save_file")):
             monkeypatch.setattr(module, name, self.faulty(name, getattr(module, name)))
-        for module in (checkpoint, run):
+        for module in (checkpoint, work):
             monkeypatch.setattr(module, "open", self.open, raising=False)
 
     def tick(self) -> None:

@@ -99,9 +99,9 @@ def test_engine_and_trainer_are_compared(loaded, tiny, work, capsys):
     checkpoints = dict.fromkeys(("policy", "previous", "reference"), tiny)
     config, count = ScoreConfig(chunk_size=2), sum(len(row["ids"]) for row in responses if row["index"] == 0)
     for _ in range(2):
-        work._facts.clear()
+        work.recorded.clear()
         score_all(resident, checkpoints, responses, config, work, iteration=2)
-        facts = work._facts
+        facts = work.recorded
         assert facts["engine_gap_tokens"] == count
         assert abs(facts["engine_gap_mean"] - 0.25) < 1e-5 and abs(facts["engine_gap_max"] - 0.25) < 1e-4
         said = capsys.readouterr().err
