@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+from cream.upload import send
+
 BLOCK = 256  # elements that share a scale
 EPS = 1e-8
 LEVELS_M, LEVELS_V = 127, 255
@@ -65,7 +67,7 @@ def thresholds(draw: int, device: torch.device) -> Tensor:  # (BLOCK,) float32 i
     where random draws miss by sqrt(n); and a function of `draw` alone, so that a resumed run rounds as it would have.
     """
     place = torch.arange(BLOCK, dtype=torch.float64) * 0.7548776662466927 + draw * 0.6180339887498949
-    return place.remainder(1.0).float().to(device).clamp_(max=1 - 2**-24)
+    return send(place.remainder(1.0).float().clamp_(max=1 - 2**-24), device)
 
 
 def encode_m(m: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:  # (B, BLOCK) float32 -> int8, (B, 1) float32

@@ -24,14 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cream.log import UserError, say
-
-
-def upload(device: torch.device, *rows: Sequence[int]) -> list[Tensor]:  # int64, one tensor for each of `rows`
-    """Whole numbers onto the device in one copy, from pinned memory where that lets the host go on meanwhile."""
-    flat = torch.tensor([number for row in rows for number in row], dtype=torch.int64)
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    return list(flat.to(device, non_blocking=True).split([len(row) for row in rows]))
+from cream.upload import upload
 
 
 @dataclass(frozen=True)

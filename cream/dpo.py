@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from cream import dist, shards
@@ -23,7 +22,8 @@ from cream.meter import training_flops
 from cream.model import head
 from cream.optim import Schedule, descend
 from cream.packing import Group, Packed, batches, group_tokens, pack, read
-from cream.run import Work
+from cream.upload import numbers
+from cream.work import Work
 from cream_kernels import linear_weighted_dpo
 
 
@@ -62,12 +62,6 @@ def loss_of(
 
 def group_of(pair: dict) -> Group:
     return pair["prompt_ids"], (pair["chosen_ids"], pair["rejected_ids"])
-
-
-def numbers(values: Sequence[float], device: torch.device) -> Tensor:  # float32
-    """Onto the device without waiting for it."""
-    tensor = torch.tensor(values, dtype=torch.float32)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def measures(pairs: Sequence[dict], logp: Tensor, beta: float) -> dict[str, Tensor]:

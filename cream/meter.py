@@ -22,6 +22,7 @@ from cream import dist
 from cream.log import Metrics, UserError
 from cream.model import head
 from cream.packing import Packed
+from cream.upload import reading_is_free
 
 FETCH_EVERY = 16  # steps on a GPU
 ALIKE = ("step", "lr", "grad_norm")  # numbers that every rank has; of the others each has its part
@@ -90,7 +91,7 @@ class Meter:
 
     def __init__(self, model: nn.Module, stage: str, metrics: Metrics):
         self.model, self.stage, self.metrics = model, stage, metrics
-        self.at_once = next(model.parameters()).device.type != "cuda"  # elsewhere looking costs nothing
+        self.at_once = reading_is_free(next(model.parameters()).device)
         self.waiting: list[dict] = []  # rows with values still on the device
         self.steps = self.tokens = 0
         self.seconds = self.flops = self.forwards = 0.0

@@ -26,6 +26,7 @@ from cream.checkpoint import TENSORS, read_step, save_step, step_of
 from cream.config import OptimConfig
 from cream.log import Metrics, UserError, progress
 from cream.meter import Meter
+from cream.upload import numbers, reading_is_free
 
 CHUNK = 256 * BLOCK  # elements that a CPU updates at once: their float32 copies stay in its cache
 MOST_SUMS = 1_000_003  # more micro-batches than a step will ever have: what keeps the draws of two steps apart
@@ -131,7 +132,7 @@ class AdamW:
         """
         norms = self.norms or _over_ranks({n: _norm(self.gradients[n]) for n in self.parameters if n in self.gradients})
         norm = torch.linalg.vector_norm(torch.stack([norms[name] for name in self.parameters if name in norms]))
-        if norm.device.type == "cpu" and not torch.isfinite(norm):
+        if reading_is_free(norm.device) and not torch.isfinite(norm):
             self.gradients = {}
             return norm
         for name in self.parameters:
@@ -151,12 +152,12 @@ class AdamW:
         if parameter.dtype == torch.float32 and "exp_avg_scale" not in state:
             _plain(parameter, grad.mul_(factor), state, self.steps, self.betas, self.lr, decay)
             return
-        numbers = _numbers(self.steps, self.lr, decay, self.betas, grad.device)
+        rates = _rates(self.steps, self.lr, decay, self.betas, grad.device)
         threshold = thresholds(self.steps, grad.device)
         update = _fast(update_, grad.device)
         keys = ("low", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
         for weight, part, *rest in _chunks(parameter, grad, *(state.get(key) for key in keys)):
-            update(weight, *rest, part, factor, numbers, threshold, self.betas)
+            update(weight, *rest, part, factor, rates, threshold, self.betas)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by flat names: weights, low bits, moments."""
@@ -187,11 +188,10 @@ class AdamW:
                     tensor.copy_(tensors[f"{key}/{name}"])
 
 
-@functools.lru_cache(maxsize=4)  # a step asks for each of a model's tensors, and a copy to the device makes it wait
-def _numbers(step: int, lr: float, decay: float, betas: tuple[float, float], device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=4)  # a step asks for each of a model's tensors
+def _rates(step: int, lr: float, decay: float, betas: tuple[float, float], device: torch.device) -> Tensor:
     """What update_ wants to know of the step."""
-    found = [lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5, 1 - lr * decay]
-    return torch.tensor(found, dtype=torch.float32, device=device)
+    return numbers([lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5, 1 - lr * decay], device)
 
 
 def _row_blocks(parameter: Tensor) -> int | None:

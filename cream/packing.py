@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cream.attention import Segments, upload
+from cream.attention import Segments
 from cream.model import hidden_states
+from cream.upload import upload
 from cream_kernels import IGNORE
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # one prompt and its R responses, token ids

@@ -10,8 +10,8 @@ FLOORS = {
     3: {"train", "sft", "evaluate", "report", "doctor"},
     2: {"sample", "score", "consistency", "dpo"},
     1: {"model", "lora", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "shards", "adamw", "optim"}
-    | {"run", "plan", "summary", "plots", "vllm"},
-    0: {"config", "recipes", "log", "dist", "attention", "cache", "__init__"},
+    | {"run", "work", "decode", "plan", "summary", "plots", "vllm"},
+    0: {"config", "recipes", "log", "dist", "attention", "cache", "upload", "__init__"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 

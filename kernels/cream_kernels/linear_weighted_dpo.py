@@ -161,7 +161,7 @@ def _pair_chunks(bounds: list[int], chunk_tokens: int) -> list[tuple[int, int, s
     return chunks
 
 
-def _reading_is_free(tensor: Tensor) -> bool:
+def reading_is_free(tensor: Tensor) -> bool:
     """Whether Python may look at values without waiting for a device."""
     return tensor.device.type == "cpu"
 
@@ -189,7 +189,7 @@ def _forward(
     longest = max((rows.stop - rows.start for *_, rows in chunks), default=0)
     blocks = [slice(first, min(first + BLOCK * num_columns, V)) for first in range(0, V, BLOCK * num_columns)]
     # Of one chunk, products are rounded once either way, so there is no need of a wide sum.
-    summed = weight.dtype if len(chunks) == 1 and _reading_is_free(targets) else dtype
+    summed = weight.dtype if len(chunks) == 1 and reading_is_free(targets) else dtype
     dweight = weight.new_empty(weight.shape, dtype=summed) if chunks else weight.new_zeros(weight.shape)
     # A block of logits becomes a block of dweight. Where there is one chunk, of at most D rows, that is where it lies,
     # until its product is due, which takes it from space.
@@ -287,7 +287,7 @@ def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, c
     num_rows, dtype, model_dtype = hidden.shape[0], wide_dtype(hidden), hidden.dtype
     bounds, sequence = cu_seqlens.tolist(), _sequence_of_row(cu_seqlens, hidden)
     kept = ignored = None
-    if _reading_is_free(targets):
+    if reading_is_free(targets):
         kept = rows_that_count(targets, weight.shape[0])
         if kept is not None:
             before = functional.pad((targets != IGNORE).cumsum(0), (1, 0))  # rows that count, before each row
@@ -421,7 +421,7 @@ def _backward(ctx, grad, *_):
     _, _, targets, _, dhidden, dweight, *_ = saved
     # Where nobody will ask for the saved gradients again, they become the results, without a second (V, D).
     ends = type(dweight) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()  # and is not traced
-    if ends and _is_one_number(grad, may_wait=_reading_is_free(grad)):
+    if ends and _is_one_number(grad, may_wait=reading_is_free(grad)):
         dweight.mul_(_one_factor(grad))
         if ctx.need_hidden:
             dhidden.mul_(_one_factor(grad)).masked_fill_((targets == IGNORE)[:, None], 0.0)
