@@ -85,7 +85,7 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
         out = theirs.generate_batch(prompts, generation_config=config, progress_bar=False)
         return [up_to_the_end(answer.generated_tokens) for answer in out.values()]
 
-    def cream(count: int, uniform: np.ndarray | None, responses: int) -> list[list[int]]:
+    def cream(count: int, uniform: np.ndarray | None, responses: int, graphs: bool = True) -> list[list[int]]:
         found = generate(
             ours,
             prompts,
@@ -95,6 +95,7 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
             stop=stop,
             temperature=TEMPERATURE,
             top_p=TOP_P,
+            cuda_graphs=graphs,
             record=uniform is not None,  # as a run has it
         )
         return [answer.ids for answer in found]
@@ -112,7 +113,9 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
         PEERS[0]: lambda: transformers_generate(T, **sampling),
         PEERS[1]: lambda: transformers_generate_batch(some),
     }
-    shown = ["cream", *options.chosen(args.peers, PEERS, "peer")]
+    if device == "cuda":
+        work["cream, no CUDA graphs"] = lambda: cream(T, uniform, R, graphs=False)
+    shown = [*(name for name in work if name not in PEERS), *options.chosen(args.peers, PEERS, "peer")]
 
     def counted(name: str) -> None:
         tokens[name] = sum(map(len, work[name]()))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cream.attention import upload
+from cream.upload import upload
 from cream_kernels import decode_attention, native
 from cream_kernels.decode_attention import native_takes, visible_columns
 
@@ -38,7 +38,7 @@ class KeyValues:
         for layer, pair in prompt.items():
             if layer not in self._layers:
                 self._layers[layer] = tuple(x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[2]) for x in pair)
-        self._reserve(len(next(iter(prompt.values()))[0]))
+        self.reserve(len(next(iter(prompt.values()))[0]))
         [at] = upload(self.device, slots)
         for layer, pair in prompt.items():
             for cache, x in zip(self._layers[layer], pair, strict=True):
@@ -47,12 +47,21 @@ class KeyValues:
     def begin(self, slot: Sequence[int], source: Sequence[int], shared: Sequence[int], length: Sequence[int]) -> None:
         """Say for each of the A rows of the forward that follows: its slot; the slot to read the first `shared` columns
         from, which hold the same; and how many columns it has, the new token's included."""
-        self._reserve(max(length))
+        self.reserve(max(length))
         self._rows = torch.tensor([slot, source, shared, length])
         keys, _ = next(iter(self._layers.values()))
         if native.load() is None or not native_takes(keys):
             self._slot_of = self._rows[0].to(self.device, non_blocking=True)
             self._visible = visible_columns(self._rows, self.slots).to(self.device, non_blocking=True)
+
+    def begin_everywhere(self, column: Tensor) -> None:  # (S,) int64 on the device, below `columns`
+        """Say that the forward that follows has a row for every slot, in order, whose new token goes to that column.
+
+        Not for the native path. Nothing is copied to the device or waited for.
+        """
+        self._rows = torch.zeros(4, self.slots, dtype=torch.int64)  # which the other path does not read
+        self._slot_of = torch.arange(self.slots, device=self.device)
+        self._visible = torch.arange(self.columns, device=self.device) <= column[:, None]
 
     def attend(
         self,
@@ -83,7 +92,8 @@ class KeyValues:
         """Whether a slot without a row costs as much as one with."""
         return not self._layers or self._visible is not None
 
-    def _reserve(self, columns: int) -> None:
+    def reserve(self, columns: int) -> None:
+        """Hold at least so many columns a slot. Raises ValueError where that is more than `most`."""
         if columns > self.most:
             raise ValueError(f"a cache of {self.most} columns cannot hold {columns}")
         if columns <= self.columns:

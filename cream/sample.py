@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from cream import dist, vllm
-from cream.attention import Segments, upload
+from cream.attention import Segments
 from cream.cache import KeyValues
 from cream.config import SampleConfig
 from cream.data import Example, encode_prompt
+from cream.decode import Decoder, capturable
 from cream.log import UserError, progress
 from cream.model import context_length, head, hidden_states, stop_ids
-from cream.run import Work
+from cream.upload import upload
+from cream.work import Work
 from cream_kernels import gather_logp, linear_logp_native, top_p_sample
 
 SPARE = 16  # prompts are computed when one slot of so many is free: a few together, and few slots idle meanwhile
@@ -106,6 +108,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     slots: int | None = None,  # sequences decoded at once, default all
+    cuda_graphs: bool = True,  # whether a GPU decodes by CUDA graphs
     record: bool = False,  # whether every RECORDED-th response tells its log-probs
     tick: Callable[[int], None] = lambda finished: None,  # told how many sequences have just ended
 ) -> list[Response]:  # S, prompt-major
@@ -118,6 +121,7 @@ def generate(
     limit = limits(prompts, context_length(model), max_new_tokens)
     slots = min(slots or S, S)
     cache = KeyValues(slots, max(len(p) + n for p, n in zip(prompts, limit, strict=True)), weight.device)
+    decoder = Decoder(model, cache, graphs=cuda_graphs and weight.is_cuda and capturable(model))
     stops = set(stop)
     answers: list[list[int]] = [[] for _ in range(S)]
     logp: dict[int, list[float]] = {s: [] for s in range(0, S, RECORDED)} if record else {}
@@ -176,9 +180,9 @@ def generate(
         length = [len(prompts[s // R]) + len(answers[s]) for s in live]
         first: dict[int, int] = {}  # prompt -> the slot that its columns are read from
         source = [first.setdefault(s // R, slot_of[s]) for s in live]
-        cache.begin([slot_of[s] for s in live], source, [len(prompts[s // R]) for s in live], length)
-        rows, position = upload(weight.device, going, [n - 1 for n in length])
-        hidden = hidden_states(model, token[rows][:, None], position[:, None], kv=cache)[:, 0]
+        [rows] = upload(weight.device, going)
+        shared = [len(prompts[s // R]) for s in live]
+        hidden = decoder.step(token[rows], [slot_of[s] for s in live], source, shared, length)
 
     return [
         Response(answer, "stop" if answer[-1] in stops else "length", logp.get(s)) for s, answer in enumerate(answers)
@@ -239,6 +243,7 @@ def sample(
                     temperature=config.temperature,
                     top_p=config.top_p,
                     slots=config.batch_size * R,
+                    cuda_graphs=config.cuda_graphs,
                     record=True,
                     tick=bar.update,
                 )

@@ -1,18 +1,23 @@
 """Sampling: what is drawn depends on names and seed alone, and is what the model's distribution says."""
 
+import functools
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import LlamaForCausalLM
 
 from cream.config import SampleConfig
 from cream.data import Example, encode_prompt
+from cream.decode import Decoder, capturable
 from cream.log import UserError
 from cream.model import stop_ids
 from cream.sample import RECORDED, generate, logits_of, sample, stream
 from cream_kernels import linear_logp_native
+from tests.conftest import tiny_config
 
 
 def prompts_of(tokenizer, texts):
@@ -109,6 +114,65 @@ def test_slots_are_refilled_and_change_nothing(loaded, tokenizer, monkeypatch, p
     drawn = sum(len(answer.ids) - 1 for answer in alone)
     assert sum(rows * tokens for rows, tokens in fed) == sum(map(len, prompts)) + drawn
     assert max(rows for rows, tokens in fed if tokens == 1) <= slots
+
+
+def traced(function):
+    """In the place of a CUDA graph: the operations that `function` made, run again on the memory that it used then.
+
+    Nothing of the host's part runs again, so what it would have to do anew each step is found missing.
+    """
+    again, out = make_fx(lambda: function())(), []
+
+    def replay():
+        out.append(again())
+        return out[0] if len(out) == 1 else out[0].copy_(out.pop())
+
+    return replay
+
+
+@pytest.mark.parametrize("slots", [3, 7])
+def test_a_graph_of_every_slot_draws_the_same(loaded, tokenizer, monkeypatch, slots):
+    monkeypatch.setattr("cream_kernels.native.load", lambda: None)
+    prompts = prompts_of(tokenizer, ["a", "what is two and two?", "hello there", "b c", "one more prompt"])
+    uniform = np.stack([stream(7, 1, str(p), r, 90) for p in range(5) for r in range(3)])
+    stop = [*stop_ids(loaded, tokenizer), *range(20, 26)]
+    options = dict(responses=3, max_new_tokens=90, stop=stop, temperature=0.9, top_p=0.95, slots=slots)
+    plain = generate(loaded, prompts, uniform, **options)
+    shapes = []
+
+    def captured(function):
+        shapes.append(function.__self__._shape)
+        return traced(function)
+
+    monkeypatch.setattr("cream.decode.captured", captured)
+    monkeypatch.setattr("cream.sample.Decoder", functools.partial(always, Decoder))
+    assert generate(loaded, prompts, uniform, **options) == plain
+    # more than one growth of the cache, each shape captured once
+    assert len({columns for _, columns in shapes}) > 1 and len(set(shapes)) == len(shapes)
+    if slots == 7:
+        assert len({rows for rows, _ in shapes}) > 1  # and smaller ones at the end
+
+
+def always(make, *args, graphs):
+    assert graphs is False  # as on any CPU
+    return make(*args, graphs=True)
+
+
+@pytest.mark.parametrize("kind, fixed", [("default", True), ("llama3", True), ("dynamic", False)])
+def test_what_reads_positions_is_not_captured(tokenizer, kind, fixed):
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(more if kind == "llama3" else {})}
+    model = LlamaForCausalLM(tiny_config(tokenizer, **({} if kind == "default" else {"rope_parameters": rope})))
+    assert capturable(model) is fixed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_draw_the_same(loaded, tokenizer):
+    prompts = prompts_of(tokenizer, ["a", "what is two and two?", "hello there", "b c", "one more prompt"])
+    uniform = np.stack([stream(7, 1, str(p), r, 90) for p in range(5) for r in range(3)])
+    options = dict(responses=3, max_new_tokens=90, stop=stop_ids(loaded, tokenizer), temperature=0.9, top_p=0.95)
+    plain = generate(loaded, prompts, uniform, slots=7, cuda_graphs=False, **options)
+    assert generate(loaded, prompts, uniform, slots=7, **options) == plain
 
 
 def test_recorded_log_probs_are_the_models(loaded, tokenizer):
