@@ -33,7 +33,7 @@ from bench import harness, options, peak, peers, tables
 from bench.models import LAYERS, directory_of
 from bench.score import padded_full_logits
 
-SIZES = {"tiny": ("tiny", 8), "small": ("SmolLM2-135M", 8), "cpu": ("SmolLM2-135M", 64)}
+SIZES = {"tiny": ("tiny", 8), "small": ("SmolLM2-135M", 2), "cpu": ("SmolLM2-135M", 64)}
 SIZES["full"] = (f"LLaMA-2-7B, {LAYERS} layers", 64)
 CPU_BATCH_TOKENS = 2048
 CHECKED = 4  # pairs
@@ -72,7 +72,7 @@ def make_cream(directory: Path, pairs: list[dict], dtype: str) -> tuple[Callable
     from cream.dpo import loss_of, train
     from cream.log import Metrics
     from cream.model import Resident
-    from cream.run import Work
+    from cream.work import Work
 
     model = Resident(directory, ModelConfig(path=str(directory), dtype=dtype)).at(directory, gradients=True)
     config = TrainConfig(batch_size=len(pairs), beta=peers.BETA)
@@ -286,7 +286,7 @@ def measure(model: str, count: int, dtype: str, names: Sequence[str], args: argp
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
-    parser.add_argument("--pairs", type=int, help="a step's; default: 64, 8 where it should be quick")
+    parser.add_argument("--pairs", type=int, help="a step's; default: 64, 2 where it should be quick")
     parser.add_argument("--worker", nargs=4, metavar=("NAME", "MODEL", "PAIRS", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:

@@ -54,6 +54,7 @@ def long_table(rows: Sequence[dict]) -> str:
         "ms": "ms",
     }
     columns |= {"p20": "p20", "p80": "p80", "of_limit": "of limit", "mib": "MiB", "extra_mib": "extra MiB"}
+    columns |= {"mfu": "MFU", "gain": "gain", "predicted": "predicted"}
     columns |= {"error": "error", "scaled_by": "scaled by", **RATES}
     used = [name for name in columns if any(name in row for row in rows)]
     body = [[shape_label(row) if name == "shape" else row.get(name) for name in used] for row in rows]
@@ -67,6 +68,7 @@ def cell(row: Mapping | None) -> str:
     parts = [f"{number(row['ms'])} ms{'*' if 'scaled_by' in row else ''}"]
     parts += [f"{number(row[rate])} {unit}" for rate, unit in RATES.items() if rate in row]
     parts += [f"{row['of_limit']:.0%}"] if "of_limit" in row else []
+    parts += [f"{row['gain']:.2f} times ({row['predicted']:.2f} predicted)"] if "gain" in row else []
     parts += [f"{number(row['extra_mib'])} MiB"] if "extra_mib" in row else []
     return ", ".join(parts)
 

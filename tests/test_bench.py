@@ -10,8 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gather_logp, harness, kendall, linear_logp, options, peak, peers, report, step, tables, top_p, tune
+from bench import (
+    gather_logp,
+    harness,
+    kendall,
+    ladder,
+    linear_logp,
+    options,
+    peak,
+    peers,
+    report,
+    step,
+    tables,
+    top_p,
+    tune,
+)
 from bench import weighted_dpo as dpo
+from cream.config import ModelConfig
+from cream.dpo import loss_of
+from cream.model import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"model": "tiny", "N": 48, "dtype": "float32", "device": "cpu", "weigh": True}
@@ -216,19 +233,49 @@ def test_sizes_can_be_narrowed():
     assert options.heads(args, {"cpu": [("SmolLM2-135M", 512)]}) == [("LLaMA-2-7B", 3), ("LLaMA-2-7B", 5)]
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_step_is_the_same_work_for_trl(tiny, checkpointing):
-    pytest.importorskip("trl", reason="trl is not installed: pip install .[bench]")
+def eight_pairs():
     ids = [7 + (13 * i) % 90 for i in range(200)]
-    pairs = [
+    return [
         {"prompt_id": str(p), "prompt_ids": ids[p : p + 9 + p], "chosen_ids": ids[50 : 60 + p], "agreement": 1.0}
         | {"rejected_ids": ids[90 + p : 104], "logp_chosen": -50.0 + p, "logp_rejected": -60.0 - p}
         for p in range(8)
     ]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_step_is_the_same_work_for_trl(tiny, checkpointing):
+    pytest.importorskip("trl", reason="trl is not installed: pip install .[bench]")
+    pairs = eight_pairs()
     our_step, our_loss = step.make_cream(tiny, pairs, "float32")
     their_step, their_loss = step.make_trl(tiny, pairs, "float32", checkpointing)
     assert our_loss() == pytest.approx(their_loss(), rel=1e-5)
     assert our_step() > 0 and their_step() > 0
+
+
+def test_the_rungs_of_the_ladder_are_one_loss_and_less_work_each(tiny, monkeypatch):
+    monkeypatch.setattr(ladder, "directory_of", lambda *_: tiny)
+    rows = ladder.measure("tiny", eight_pairs(), "float32", argparse.Namespace(device="cpu", repeats=1))
+    names = [row["impl"] for row in rows]
+    assert names[1:] == ["prompts shared", "2048 tokens at once", "selective recomputation", "no recomputation"]
+    assert all(row["error"] <= 1e-5 and row["ms"] > 0 and 0 < row["mfu"] < 1 for row in rows)
+    shared, packed, selective, none = (row["predicted"] for row in rows[1:])
+    # Tokens that two answers need with the prompt twice and once, but for the head: more than these in all.
+    assert 1 < shared < 1.6 and (packed, none) == (1, 1) and 1.2 < selective < 4 / 3
+
+
+def test_a_rung_is_how_the_trainer_runs(tiny):
+    model = load(tiny, ModelConfig(path=str(tiny), dtype="float32")).requires_grad_(True)
+    pairs, tokens = eight_pairs(), []
+    watch = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    base, *_, last = ladder.rungs(2048, "sdpa")
+    for rung in (base, last):
+        with ladder.on(rung, model):
+            loss_of(model, pairs, 0.1)
+    watch.remove()
+    prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
+    assert tokens[0] - tokens[1] == prompts and not model.training
 
 
 # The report
