@@ -259,9 +259,10 @@ def run(
 
     peaks: list[dict[str, float | None]] = [{} for _ in specs]
     if args.memory and args.device == "cpu":
-        # one dtype's peaks tell enough where a whole run should take minutes
-        wanted = [i for i, spec in enumerate(specs) if args.size != "small" or spec["dtype"] == "float32"]
-        for impl in names:
+        # where a whole run should take minutes, one dtype's peaks beside plain torch's tell enough
+        small = args.size == "small"
+        wanted = [i for i, spec in enumerate(specs) if not small or spec["dtype"] == "float32"]
+        for impl in [name for name in names if not small or name in ("cream", "eager")]:
             found = child_peaks(f"bench.{name}", impl, [specs[i] for i in wanted])
             for i, mib in zip(wanted, found, strict=True):
                 peaks[i][impl] = mib

@@ -145,12 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
     parser.add_argument("--pairs", type=int, help="a step's")
     args = parser.parse_args(argv)
-    asked_turns, asked_dtypes = args.repeats, args.dtypes
-    options.resolve(args)
-    args.repeats = asked_turns or (1 if args.size in ("tiny", "small") else 3)
+    options.resolve_models(args, ["float32"])
     model = SIZES[args.size][0]
     rows = []
-    for dtype in asked_dtypes or (["bfloat16"] if args.size == "full" else ["float32"]):
+    for dtype in args.dtypes:
         pairs = make_pairs(args.pairs or PAIRS[args.size], directory_of(model, dtype))
         found = measure(model, pairs, dtype, args)
         harness.record("ladder", found, args.results)

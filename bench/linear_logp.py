@@ -123,6 +123,7 @@ def case(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse(__doc__, argv)
+    args.memory &= args.size != "small"
     specs = [
         {"model": model, "N": N, "dtype": dtype, "mode": mode}
         for model, N in options.heads(args, HEAD_SIZES)

@@ -50,6 +50,17 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def resolve_models(args: argparse.Namespace, dtypes: Sequence[str]) -> argparse.Namespace:
+    """The same for whole models, of which a turn takes seconds to minutes: few turns; `dtypes` on a CPU, the first
+    where it should be quick."""
+    turns, asked = args.repeats, args.dtypes
+    resolve(args)
+    quick = args.size in ("tiny", "small")
+    args.repeats = turns or (1 if quick else 3)
+    args.dtypes = asked or (["bfloat16"] if args.size == "full" else [*dtypes][: 1 if quick else None])
+    return args
+
+
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     return resolve(parser(description).parse_args(argv))
 

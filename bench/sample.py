@@ -26,7 +26,7 @@ from cream.model import load, load_tokenizer, stop_ids
 from cream.sample import generate, stream
 
 TEMPERATURE, TOP_P = 0.8, 0.95
-SIZES = {"tiny": (4, 2, 8), "small": (8, 5, 16), "cpu": (64, 5, 128), "full": (64, 5, 128)}
+SIZES = {"tiny": (4, 2, 8), "small": (4, 5, 8), "cpu": (64, 5, 128), "full": (64, 5, 128)}
 PEERS = ("transformers generate", "transformers generate_batch")
 GREEDY = 8  # tokens compared
 
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int)
     parser.add_argument("--responses", type=int)
     args = parser.parse_args(argv)
-    args.repeats = args.repeats or 3
-    options.resolve(args)
+    options.resolve_models(args, ["float32", "bfloat16"])
     rows = []
     for dtype in args.dtypes:
         found = measure(args, dtype)
@@ -122,7 +121,7 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
 
     rows = []
     run = {name: partial(counted, name) for name in shown}
-    for name, ms in harness.interleave(run, args.repeats, device, warm_up=args.size != "cpu").items():
+    for name, ms in harness.interleave(run, args.repeats, device, warm_up=args.size == "full").items():
         scale = P / len(some) if name == PEERS[1] else 1.0
         row = harness.facts(device) | {"shape": [P, R, T], "model": "SmolLM2-135M", "dtype": dtype, "impl": name}
         row |= harness.spread([scale * one for one in ms]) | {"repeats": args.repeats}

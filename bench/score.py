@@ -46,7 +46,7 @@ def padded_full_logits(model, groups: list, batch_size: int) -> list[float]:
     return sums
 
 
-SIZES = {"tiny": ("tiny", 4), "small": ("SmolLM2-135M", 8), "cpu": ("SmolLM2-135M", 32)}
+SIZES = {"tiny": ("tiny", 4), "small": ("SmolLM2-135M", 2), "cpu": ("SmolLM2-135M", 32)}
 SIZES["full"] = (f"LLaMA-2-7B, {LAYERS} layers", 64)
 CHECKED = 4  # prompts
 
@@ -72,17 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--responses", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8, help="sequences a forward of the peer")
     args = parser.parse_args(argv)
-    turns = args.repeats or 3
-    options.resolve(args)
+    options.resolve_models(args, ["float32", "bfloat16"])
     rows = []
     for dtype in args.dtypes:
-        found = measure(args, dtype, turns)
+        found = measure(args, dtype)
         harness.record("score", found, args.results)
         rows += found
     tables.show("score", rows, args.results, __doc__)
 
 
-def measure(args: Namespace, dtype: str, turns: int) -> list[dict]:
+def measure(args: Namespace, dtype: str) -> list[dict]:
     name, count = SIZES[args.size]
     count, directory = args.prompts or count, directory_of(name, dtype)
     ours = load(directory, ModelConfig(dtype=dtype))
@@ -111,11 +110,11 @@ def measure(args: Namespace, dtype: str, turns: int) -> list[dict]:
         print(f"  {wrong} is wrong, so it gives no row: {errors[wrong]}")
         del ways[wrong]
     tokens = sum(len(p) + sum(map(len, responses)) for p, responses in groups)
-    times = harness.interleave({n: lambda way=way: way(groups) for n, way in ways.items()}, turns, device)
+    times = harness.interleave({n: lambda way=way: way(groups) for n, way in ways.items()}, args.repeats, device)
     rows = []
     for impl, ms in times.items():
         key = {"shape": [count, args.responses], "model": name, "dtype": dtype, "impl": impl}
-        row = harness.facts(device) | key | harness.spread(ms) | {"repeats": turns}
+        row = harness.facts(device) | key | harness.spread(ms) | {"repeats": args.repeats}
         row |= {"max_error_nats": round(nats[impl], 6), "distinct_tokens": tokens}
         row |= {"error": float(f"{errors[impl]['logp']:.3g}"), "excess": float(f"{excesses[impl]:.3g}")}
         row["sequences_per_second"] = round(count * args.responses / row["ms"] * 1e3, 2)

@@ -154,7 +154,7 @@ def make_trl(
 
     @torch.no_grad()
     def loss() -> float:
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(CHECKED)])
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(CHECKED, len(pairs)))])
         batch = {name: value.to(trainer.model.device) for name, value in batch.items()}
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(trainer.model, batch).item()
@@ -292,18 +292,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.worker:
         name, model, count, dtype = args.worker
         return worker(name, model, int(count), dtype)
-    asked_turns, asked_dtypes = args.repeats, args.dtypes
-    options.resolve(args)
-    args.repeats = asked_turns or (1 if args.size in ("tiny", "small") else 3)
-    dtypes = asked_dtypes or (["bfloat16"] if args.size == "full" else ["float32"])  # as a run would choose by itself
+    options.resolve_models(args, ["float32"])  # as a run would choose by itself
     model, count = SIZES[args.size]
-    names = ["cream", *options.chosen(args.peers, [name for name in MAKERS if name != "cream"], "peer")]
+    offered = [name for name in MAKERS if name != "cream"]
+    names = ["cream", *options.chosen(args.peers or (["trl"] if args.size == "small" else None), offered, "peer")]
     reason = peers.why_not(peers.Peer(lambda: None, "trl", "trl"), args.device)
     if reason and len(names) > 1:
         print(f"  no trl: {reason}")
         names = ["cream"]
     rows = []
-    for dtype in dtypes:
+    for dtype in args.dtypes:
         found = measure(model, args.pairs or count, dtype, names, args)
         harness.record("step", found, args.results)
         rows += found

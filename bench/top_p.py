@@ -64,7 +64,7 @@ def check(logits: Tensor, uniform: Tensor, run: dict) -> None:
         assert inside.gather(1, tokens[:, None]).sum() >= len(tokens) - 1, f"{name} leaves transformers' nucleus"
 
 
-SIZES = {"tiny": ([3], 512), "small": ([1, 160], 49152), "cpu": ([1, 160], 49152), "full": ([1, 160, 1280], 128256)}
+SIZES = {"tiny": ([3], 512), "small": ([1, 32], 49152), "cpu": ([1, 160], 49152), "full": ([1, 160, 1280], 128256)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
