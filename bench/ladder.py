@@ -43,6 +43,7 @@ class Rung:
     batch_tokens: int = 1  # a pair at a time
     recomputed: str = "full"
     attention: str = "sdpa"
+    compiled: bool = False  # norms, SwiGLU and rotations; else they are computed as transformers does
 
 
 def rungs(batch_tokens: int, fastest: str) -> list[Rung]:
@@ -53,6 +54,7 @@ def rungs(batch_tokens: int, fastest: str) -> list[Rung]:
         "selective recomputation": {"recomputed": "selective"},
         "no recomputation": {"recomputed": "none"},
         f"attention by {fastest}": {"attention": fastest},
+        "norms, SwiGLU and rotations compiled": {"compiled": True},
     }.items():
         if (rung := replace(found[-1], **change)) != found[-1]:
             found.append(replace(rung, name=name))
@@ -70,7 +72,10 @@ def on(rung: Rung, model: torch.nn.Module) -> Iterator[None]:
     recompute(model, rung.recomputed)
     model.config._attn_implementation = attention.register(attention.choose(rung.attention, head(model).dtype))
     unshared = mock.patch("cream.dpo.pack", lambda groups, device: pack(split(groups), device))
-    with contextlib.nullcontext() if rung.shared else unshared:
+    uncompiled = mock.patch("cream.fuse.compiled", lambda function: function)
+    with contextlib.ExitStack() as changes:
+        for change in [*([] if rung.shared else [unshared]), *([] if rung.compiled else [uncompiled])]:
+            changes.enter_context(change)
         yield
 
 
@@ -97,7 +102,8 @@ def measure(model_name: str, pairs: Sequence[dict], dtype: str, args: argparse.N
     before = peak.highest_mib() if not on_gpu and peak.reset() else None
     config = TrainConfig(batch_size=len(pairs), beta=peers.BETA)
     batch_tokens = config.batch_tokens if on_gpu else CPU_BATCH_TOKENS
-    model = Resident(directory, ModelConfig(path=str(directory), dtype=dtype)).at(directory, gradients=True)
+    settings = ModelConfig(path=str(directory), dtype=dtype, fuse="compile")
+    model = Resident(directory, settings).at(directory, gradients=True)
     right, errors = [], {}
     for rung in rungs(batch_tokens, attention.choose("auto", kind).name):
         with on(rung, model), torch.no_grad():

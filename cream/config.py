@@ -104,6 +104,12 @@ class ModelConfig:
         "auto", CHOICE, "type of the weights; auto is bfloat16 on a GPU that has it, else float32"
     )
     attention: str = _field("auto", TEXT, "attention backend; auto takes the fastest that can run and says why")
+    fuse: Literal["auto", "none", "compile"] = _field(
+        "auto",
+        CHOICE,
+        "norms, activations and rotations: none, as transformers computes them; compile, a kernel each by "
+        "torch.compile; auto is compile on a GPU",
+    )
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] = _field(
         "auto",
         CHOICE,
@@ -111,6 +117,10 @@ class ModelConfig:
         "activation functions), for about half of it; full, each layer from its input, for a third more time; auto "
         "takes the first that fits",
     )
+
+    def fuses(self, device: str) -> bool:
+        """Whether `fuse` compiles on that type of device. On a CPU products are nearly all of it: little to win."""
+        return self.fuse == "compile" or (self.fuse == "auto" and device == "cuda")
 
 
 @dataclass

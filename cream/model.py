@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from cream import attention, dist, shards
+from cream import attention, dist, fuse, shards
 from cream.cache import KeyValues
 from cream.config import ModelConfig
 from cream.data import check_tokenizer
@@ -161,7 +161,10 @@ def load(directory: Path, config: ModelConfig, gguf: str | None = None, place: t
     if gguf:  # transformers keeps the file's quantisation in the config although the weights are dequantised
         model = _without_quantisation(model)
     _check_head(model)
-    return model.requires_grad_(False).to(place or device()).eval()
+    model = model.requires_grad_(False).to(place or device()).eval()
+    if config.fuses(head(model).device.type):
+        fuse.fuse(model)
+    return model
 
 
 def _unpacked(gguf: str) -> dict:

@@ -105,21 +105,27 @@ def adapter_parameters(shape: Shape, lora: LoRAConfig) -> int:
 
 
 def activation_bytes(
-    shape: Shape, size: int, checkpointing: str, lora: LoRAConfig | None = None, device: str = "cuda"
+    shape: Shape,
+    size: int,
+    checkpointing: str,
+    lora: LoRAConfig | None = None,
+    device: str = "cuda",
+    fused: bool = False,  # whether norms and SwiGLU are compiled (cream/fuse.py)
 ) -> tuple[int, int]:
     """What autograd keeps of one token, (bytes a token over all layers, bytes a token of the layer being recomputed).
 
     `size` is the bytes of the compute dtype. Per layer, as transformers' LLaMA saves them with fused attention: two
     RMSNorms (the input in float32, the normalised input, the output), q, k, v and the attention's output with its
-    float32 log-sum-exp, four tensors of width F around the SwiGLU product. tests/test_doctor.py counts them. With
-    `checkpointing` "selective" what the products made and the layer's input, with "full" the input alone; "auto" counts
-    as "full", which it comes to where memory is short. Under adapters the frozen weights want no inputs: a norm keeps
-    its own input alone, SwiGLU three tensors, and each adapter what `adapter_bytes` says.
+    float32 log-sum-exp, four tensors of width F around the SwiGLU product; `fused`, a norm keeps its input as it is and
+    its output, SwiGLU a tensor less. tests/test_doctor.py counts them. With `checkpointing` "selective" what the
+    products made and the layer's input, with "full" the input alone; "auto" counts as "full", which it comes to where
+    memory is short. Under adapters the frozen weights want no inputs: a norm keeps its own input alone, SwiGLU a tensor
+    less, and each adapter what `adapter_bytes` says.
     """
     D, H, K, E, F = shape.hidden, shape.heads, shape.kv_heads, shape.head_size, shape.intermediate
     adapted = lora is not None and lora.r > 0
-    norm = D * 4 + 4 if adapted else D * (4 + 2 * size) + 4
-    layer = 2 * norm + size * (2 * H * E + 2 * K * E + (3 if adapted else 4) * F) + 4 * H
+    norm = (D * size if fused else D * 4) + (0 if adapted else D * (size if fused else 2 * size)) + 4
+    layer = 2 * norm + size * (2 * H * E + 2 * K * E + (4 - adapted - fused) * F) + 4 * H
     products = 0
     if adapted:
         layer += adapter_bytes(shape, size, lora, device)
@@ -352,7 +358,8 @@ def _training_parts(
     """Besides the weights, what training holds at its peak: where the head's loss is computed and all activations are
     there, in the last layer's backward, or at the end of a step's only micro-batch, when all gradients are."""
     lora = config.lora
-    saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing, lora, device)
+    fused = config.model.fuses(device)
+    saved, recomputed = activation_bytes(shape, size, config.model.gradient_checkpointing, lora, device, fused)
     saved += copied
     low, moments = state_bytes(shape, size, config.optim, lora)
     sums, last = gradients

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from cream import consistency, dist, doctor, dpo, lora, plan, report, sft
+from cream import consistency, dist, doctor, dpo, fuse, lora, plan, report, sft
 from cream.attention import choose
 from cream.checkpoint import hash_tree
 from cream.config import Config, parse, to_yaml
@@ -34,7 +34,7 @@ from cream.data import (
 )
 from cream.evaluate import evaluate
 from cream.log import Metrics, UserError, entry, progress, say
-from cream.model import ADAPTER, Resident, choose_dtype, config_value, fetch, import_model, load_tokenizer
+from cream.model import ADAPTER, Resident, choose_dtype, config_value, device, fetch, import_model, load_tokenizer
 from cream.rows import is_file_name
 from cream.run import Follower, Run
 from cream.sample import sample
@@ -116,6 +116,9 @@ class Job:
         dtype = choose_dtype(config.model.dtype)
         backend = choose(config.model.attention, dtype).name
         self.numerics = {"seed": config.run.seed, "dtype": str(dtype), "attention": backend}
+        fuse.check(config.model.fuse)
+        if config.model.fuses(device().type):
+            self.numerics["fused"] = True
 
     def stage(
         self,

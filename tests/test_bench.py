@@ -29,6 +29,7 @@ from bench import weighted_dpo as dpo
 from cream.config import ModelConfig
 from cream.dpo import loss_of
 from cream.model import load
+from tests.test_fuse import using
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"model": "tiny", "N": 48, "dtype": "float32", "device": "cpu", "weigh": True}
@@ -254,13 +255,15 @@ def test_a_step_is_the_same_work_for_trl(tiny, checkpointing):
 
 def test_the_rungs_of_the_ladder_are_one_loss_and_less_work_each(tiny, monkeypatch):
     monkeypatch.setattr(ladder, "directory_of", lambda *_: tiny)
+    using("aot_eager", monkeypatch)
     rows = ladder.measure("tiny", eight_pairs(), "float32", argparse.Namespace(device="cpu", repeats=1))
     names = [row["impl"] for row in rows]
-    assert names[1:] == ["prompts shared", "2048 tokens at once", "selective recomputation", "no recomputation"]
+    named = ["prompts shared", "2048 tokens at once", "selective recomputation", "no recomputation"]
+    assert names[1:] == [*named, "norms, SwiGLU and rotations compiled"]
     assert all(row["error"] <= 1e-5 and row["ms"] > 0 and 0 < row["mfu"] < 1 for row in rows)
-    shared, packed, selective, none = (row["predicted"] for row in rows[1:])
+    shared, packed, selective, none, compiled = (row["predicted"] for row in rows[1:])
     # Tokens that two answers need with the prompt twice and once, but for the head: more than these in all.
-    assert 1 < shared < 1.6 and (packed, none) == (1, 1) and 1.2 < selective < 4 / 3
+    assert 1 < shared < 1.6 and (packed, none, compiled) == (1, 1, 1) and 1.2 < selective < 4 / 3
 
 
 def test_a_rung_is_how_the_trainer_runs(tiny):

@@ -14,7 +14,7 @@ import torch
 
 import cream.adamw
 import cream.plan
-from cream import doctor
+from cream import doctor, fuse
 from cream.config import Config, LoRAConfig, load_recipe
 from cream.log import UserError
 from cream.lora import attach, ready
@@ -32,6 +32,7 @@ from cream.plan import (
     plan,
     shape_of,
 )
+from tests.test_fuse import using
 
 LLAMA2_7B, SMOLLM2 = SHAPES["llama-2-7b"], SHAPES["smollm2-135m"]
 
@@ -203,13 +204,15 @@ def test_rows_and_tiles_are_those_of_the_kernels():
     assert HEAD_BLOCK == body.BLOCK * cpu[1]
 
 
-def saved_bytes(config, size, lora=None):
+def saved_bytes(config, size, lora=None, fused=False):
     """Bytes a token that autograd really keeps for S = 2 sequences of T = 64 tokens, parameters not counted."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
     dtype = {4: torch.float32, 2: torch.bfloat16}[size]
     whole = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if fused:
+        fuse.fuse(whole)
     if lora:
         attach(whole, lora)
         ready(whole, lora, "none")
@@ -230,17 +233,19 @@ def saved_bytes(config, size, lora=None):
 
 @pytest.mark.parametrize("adapters", [{}, {"dropout": 0.1}, {"dropout": 0.0}, {"targets": ["o_proj", "up_proj"]}])
 @pytest.mark.parametrize("size", [4, 2])
-def test_activations_are_what_autograd_keeps(size, adapters):
+@pytest.mark.parametrize("fused", [False, True])
+def test_activations_are_what_autograd_keeps(size, adapters, fused, monkeypatch):
     from transformers import LlamaConfig
 
+    using("aot_eager", monkeypatch)  # saves what it would save with its code generator
     lora = LoRAConfig(r=8, **adapters) if adapters else None
     if lora:
         pytest.importorskip("peft", reason="peft is not installed")
 
     shape = dict(vocab_size=64, hidden_size=64, intermediate_size=112, num_attention_heads=4, num_key_value_heads=2)
     configs = [LlamaConfig(**shape, num_hidden_layers=layers) for layers in (2, 4)]
-    measured = [saved_bytes(config, size, lora) for config in configs]
-    planned = [activation_bytes(shape_of(config), size, "none", lora, "cpu")[0] for config in configs]
+    measured = [saved_bytes(config, size, lora, fused) for config in configs]
+    planned = [activation_bytes(shape_of(config), size, "none", lora, "cpu", fused)[0] for config in configs]
     assert measured[1] - measured[0] == planned[1] - planned[0]  # two layers more, to the byte
     if lora:  # the first layer's input wants no gradient, so that its first norm keeps nothing
         return

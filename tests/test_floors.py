@@ -11,7 +11,7 @@ FLOORS = {
     2: {"sample", "score", "consistency", "dpo"},
     1: {"model", "lora", "packing", "meter", "data", "chat", "rows", "tasks", "checkpoint", "shards", "adamw", "optim"}
     | {"run", "work", "decode", "plan", "summary", "plots", "vllm"},
-    0: {"config", "recipes", "log", "dist", "attention", "cache", "upload", "__init__"},
+    0: {"config", "recipes", "log", "dist", "attention", "cache", "upload", "fuse", "__init__"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
