@@ -386,10 +386,10 @@ def _training_parts(
     )
 
 
-def gradient_checkpointing(config: Config, shape: Shape, dtype: str, memory: float) -> str:
+def gradient_checkpointing(config: Config, shape: Shape, dtype: str, memory: float, device: str = "cuda") -> str:
     """What "auto" comes to: the first of none, selective and full with which training fits `memory` bytes, or full."""
     for mode in ("none", "selective"):
-        made = plan(replace(config, model=replace(config.model, gradient_checkpointing=mode)), shape, dtype)
+        made = plan(replace(config, model=replace(config.model, gradient_checkpointing=mode)), shape, dtype, device)
         if max(stage.peak for stage in made.stages if stage.name in ("sft", "train")) <= memory:
             return mode
     return "full"

@@ -183,7 +183,8 @@ class Job:
             say(f"model.gradient_checkpointing: full ({error})")
             return "full"
         dtype = self.numerics["dtype"].removeprefix("torch.")
-        mode = plan.gradient_checkpointing(config, shape, dtype, memory * 1e9 / 2**30)  # GiB count as GB: see plan
+        memory_there = memory * 1e9 / 2**30  # GiB count as GB: see plan
+        mode = plan.gradient_checkpointing(config, shape, dtype, memory_there, device().type)
         say(f"model.gradient_checkpointing: {mode} ({name}, {memory / 1e9:.1f} GB)")
         return mode
 

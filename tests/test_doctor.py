@@ -135,11 +135,17 @@ def test_gradients_of_a_step_of_one_micro_batch():
         assert stages(plan(recipe(**one, **how), LLAMA2_7B))["train"].bytes_of("gradients") <= 2 * 32000 * 4096
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b"])
-def test_full_fine_tuning_of_the_llama_recipes_fits_80_gb(name):
-    config = load_recipe(name)
-    assert config.sft.batch_tokens == config.train.batch_tokens == 8192
-    for stage in plan(config, known_shape(config.model.path)).stages:
+@pytest.mark.parametrize(
+    "name, tokens, mode", [("llama2-7b", 4096, "none"), ("llama2-7b", 8192, "full"), ("llama3-8b", 8192, "full")]
+)
+def test_full_fine_tuning_of_the_llama_recipes_fits_80_gb(name, tokens, mode):
+    config, own = load_recipe(name), load_recipe(name).train.batch_tokens
+    config.sft.batch_tokens = config.train.batch_tokens = tokens
+    shape = known_shape(config.model.path)
+    assert (own == tokens) == (name != "llama2-7b" or mode == "none")  # each recipe's own is here
+    config.model.gradient_checkpointing = gradient_checkpointing(config, shape, "bfloat16", 80e9)
+    assert config.model.gradient_checkpointing == mode
+    for stage in plan(config, shape).stages:
         assert stage.peak <= 80e9, stage.name
 
 
@@ -312,16 +318,18 @@ def test_checkpointing_keeps_what_is_planned(mode, dtype, rank):
     assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0] + generators, abs=128)  # scalars come and go
 
 
-def test_auto_recomputes_as_little_as_memory_allows():
-    config, peaks = recipe(sft__enabled=False), {}
-    for mode in ("none", "selective", "full"):
-        made = stages(plan(recipe(sft__enabled=False, model__gradient_checkpointing=mode), LLAMA2_7B))
-        peaks[mode] = made["train"].peak
-    assert peaks["none"] > peaks["selective"] > peaks["full"] == stages(plan(config, LLAMA2_7B))["train"].peak
-    for mode, peak in peaks.items():
-        assert gradient_checkpointing(config, LLAMA2_7B, "bfloat16", peak) == mode
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_auto_recomputes_as_little_as_memory_allows(device):
+    def peak(config):
+        return stages(plan(config, LLAMA2_7B, "bfloat16", device))["train"].peak
+
+    config, modes = recipe(sft__enabled=False), ("none", "selective", "full")
+    peaks = {mode: peak(recipe(sft__enabled=False, model__gradient_checkpointing=mode)) for mode in modes}
+    assert peaks["none"] > peaks["selective"] > peaks["full"] == peak(config)
+    for mode, memory in peaks.items():
+        assert gradient_checkpointing(config, LLAMA2_7B, "bfloat16", memory, device) == mode
         below = {"none": "selective"}.get(mode, "full")
-        assert gradient_checkpointing(config, LLAMA2_7B, "bfloat16", peak - 1) == below
+        assert gradient_checkpointing(config, LLAMA2_7B, "bfloat16", memory - 1, device) == below
 
 
 def test_fewer_tokens_than_a_pair_has_save_nothing():
