@@ -5,6 +5,8 @@ are the public function, its operators and the torch body; weighted_dpo_triton.p
 that of weighted_dpo.py, the log-probs are those of linear_logp.py.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -36,6 +38,7 @@ from .weighted_dpo import loss_and_slope, weighted_dpo
 
 _PLAIN = Squash(1.0, 0.0)
 BLOCK = 4  # tiles of logits multiplied out at once by the torch body: what they are multiplied into is large
+FEW_ROWS = 128  # of hidden states and weights in float32, for what the targets add
 
 
 def linear_weighted_dpo(
@@ -184,7 +187,7 @@ def _forward(
     """
     dtype, (most_rows, num_columns) = wide_dtype(hidden), tile_shape(hidden.device)
     V, D = weight.shape
-    products, wide_hidden = Products.of(hidden, weight, None, _PLAIN), hidden.to(dtype)
+    products, wide = Products.of(hidden, weight, None, _PLAIN), functools.partial(hidden.new_empty, dtype=dtype)
     chunks = _pair_chunks(bounds, chunk_tokens)
     longest = max((rows.stop - rows.start for *_, rows in chunks), default=0)
     blocks = [slice(first, min(first + BLOCK * num_columns, V)) for first in range(0, V, BLOCK * num_columns)]
@@ -196,10 +199,10 @@ def _forward(
     inside = len(chunks) == 1 and longest <= D and summed == weight.dtype
     logits = dweight.view(-1) if inside else weight.new_empty(longest * V)
     space = weight.new_empty(longest * BLOCK * num_columns if inside else 0)
-    wide_tile = wide_hidden.new_empty(0 if weight.dtype == dtype else min(longest, most_rows) * num_columns)
-    dhidden = torch.zeros_like(wide_hidden) if need_hidden else None
-    loss, logp = wide_hidden.new_empty(len(bounds) // 2), wide_hidden.new_empty(len(bounds) - 1)
-    row_values = tuple(wide_hidden.new_empty(hidden.shape[0]) for _ in range(4))
+    wide_tile = wide(0 if weight.dtype == dtype else min(longest, most_rows) * num_columns)
+    dhidden = wide(hidden.shape).zero_() if need_hidden else None
+    loss, logp = wide(len(bounds) // 2), wide(len(bounds) - 1)
+    row_values = tuple(wide(hidden.shape[0]) for _ in range(4))
     for first_pair, end_pair, rows in chunks:
         pairs, sequences = slice(first_pair, end_pair), slice(2 * first_pair, 2 * end_pair)
         num_rows = rows.stop - rows.start
@@ -234,7 +237,9 @@ def _forward(
             coefficients = space[: block.numel()].view(block.shape) if inside else block
             for tile, out in zip(block.split(num_columns, 1), coefficients.split(num_columns, 1), strict=True):
                 scale_rows(tile, next(scales), out)
-            if dhidden is not None:
+            if dhidden is not None and weight.dtype == dtype:
+                dhidden[rows].addmm_(coefficients, weight[columns])
+            elif dhidden is not None:
                 dhidden[rows] += torch.mm(coefficients, weight[columns])
             if first_pair == 0 and summed == weight.dtype:
                 torch.mm(coefficients.T, hidden[rows], out=dweight[columns])
@@ -246,8 +251,11 @@ def _forward(
                 dweight[columns] += torch.mm(coefficients.T, hidden[rows])
         at_target = (-row_grad * torch.expm1(row_logp))[:, None]
         if dhidden is not None:
-            dhidden[rows] += at_target * target_weights(weight, targets[rows])
-        _add_rows_(dweight, targets[rows].clamp(0, V - 1), at_target * wide_hidden[rows])
+            for start in range(rows.start, rows.stop, FEW_ROWS):
+                few = slice(start, min(start + FEW_ROWS, rows.stop))
+                part = slice(few.start - rows.start, few.stop - rows.start)
+                dhidden[few] += at_target[part] * target_weights(weight, targets[few])
+        _add_rows_(dweight, targets[rows].clamp(0, V - 1), at_target, hidden[rows])
     return loss, logp, dhidden, dweight, row_values
 
 
@@ -273,14 +281,20 @@ def _fold_products_(
 def _add_rows_(
     matrix: Tensor,  # (V, D), updated
     at: Tensor,  # (n,) int64, may repeat
-    rows: Tensor,  # (n, D) wide
+    scale: Tensor,  # (n, 1) wide
+    rows: Tensor,  # (n, D)
 ) -> None:
-    """matrix.index_add_(0, at, rows), but rounded once where matrix is in half precision."""
-    if matrix.dtype == rows.dtype:
-        matrix.index_add_(0, at, rows)
+    """matrix.index_add_(0, at, scale * rows), but rounded once where matrix is in half precision."""
+    if matrix.dtype == scale.dtype:
+        for part in (slice(start, start + FEW_ROWS) for start in range(0, len(at), FEW_ROWS)):
+            matrix.index_add_(0, at[part], scale[part] * rows[part])
         return
     which, back = at.unique(return_inverse=True)
-    matrix[which] = matrix[which].to(rows.dtype).index_add_(0, back, rows).to(matrix.dtype)
+    for start in range(0, len(which), FEW_ROWS):
+        place = which[start : start + FEW_ROWS]
+        part = ((back >= start) & (back < start + FEW_ROWS)).nonzero()[:, 0]
+        sums = matrix[place].to(scale.dtype).index_add_(0, back[part] - start, scale[part] * rows[part])
+        matrix[place] = sums.to(matrix.dtype)
 
 
 def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chunk_tokens, need_hidden):
