@@ -126,6 +126,18 @@ def test_logits_in_the_memory_of_dweight(dtype, monkeypatch):
     assert_no_worse(ours, plain, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_tokens", [40, 1000])
+def test_what_targets_add_comes_a_few_rows_at_a_time(dtype, chunk_tokens, monkeypatch):
+    given, upstream = problem(dtype), UPSTREAM["mean"]
+    given[2][30:36] = 17  # one token several times, which is rounded once
+    together = run(linear_weighted_dpo, *given, upstream=upstream, chunk_tokens=chunk_tokens)
+    monkeypatch.setattr(module, "FEW_ROWS", 3)
+    for ours, whole in zip(run(linear_weighted_dpo, *given, upstream=upstream, chunk_tokens=chunk_tokens), together,
+                           strict=True):  # fmt: skip
+        assert ours.equal(whole)
+
+
 @pytest.mark.parametrize("upstream", UPSTREAM)
 def test_frozen_head(upstream):
     given, upstream = problem(), UPSTREAM[upstream]
