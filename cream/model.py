@@ -334,7 +334,8 @@ class Resident:
 
 
 def recompute(model: nn.Module, mode: str, *, rank: int = 0, random: bool = False) -> None:
-    """Say what training keeps of a layer for backward; the gradients are the same bits whatever it is.
+    """Say what training keeps of a layer for backward; the gradients are the same bits whatever it is
+    (where norms are compiled, cream/fuse.py, but for rounding).
 
     "none": all of it. "selective": what matrix products and attention made; norms, rotations and the SwiGLU product are
     computed again, half the memory and no product again. "full": a layer's input, a third more arithmetic. "auto" where
