@@ -6,8 +6,9 @@ by its own defaults, on a CPU with batches of 2,048 tokens. In bfloat16 TRL keep
 default, and ours bfloat16 weights with float32 masters. Agreement is 1 throughout, since TRL has no weight for a pair.
 Correctness first: the mean loss of four pairs, against float64.
 
-Each implementation lives in a process of its own and they take turns. A pair counts once however it is padded. Memory
-is the peak of the second step with weights, optimizer and all, beyond what the process held before the model came.
+Each implementation lives in a process of its own and they take turns, after a step of one of TRL's micro-batches that
+does not count. A pair counts once however it is padded. Memory is the peak of the first counted step with weights,
+optimizer and all, beyond what the process held before the model came.
 On a GPU the model is as wide as LLaMA-2-7B, with 8 of its 32 layers and random weights.
 """
 
@@ -66,8 +67,9 @@ def make_pairs(count: int, directory: Path) -> list[dict]:
     return pairs
 
 
-def make_cream(directory: Path, pairs: list[dict], dtype: str) -> tuple[Callable[[], float], Callable[[], float]]:
-    """A step, giving its milliseconds, and the mean loss of the first pairs: all that is known here of the trainer."""
+def make_cream(directory: Path, pairs: list[dict], dtype: str) -> tuple[Callable[[int], float], Callable[[], float]]:
+    """A step of the first pairs, so many, giving its milliseconds, and the mean loss of CHECKED of them: all that is
+    known here of the trainer."""
     from cream.config import ModelConfig, TrainConfig
     from cream.dpo import loss_of, train
     from cream.log import Metrics
@@ -75,15 +77,15 @@ def make_cream(directory: Path, pairs: list[dict], dtype: str) -> tuple[Callable
     from cream.work import Work
 
     model = Resident(directory, ModelConfig(path=str(directory), dtype=dtype)).at(directory, gradients=True)
-    config = TrainConfig(batch_size=len(pairs), beta=peers.BETA)
+    config = TrainConfig(beta=peers.BETA)
     if not torch.cuda.is_available():
         config = replace(config, batch_tokens=CPU_BATCH_TOKENS)
 
-    def step() -> float:
+    def step(count: int) -> float:
         with tempfile.TemporaryDirectory() as scratch:
             work, metrics = Work(Path(scratch), ()), Metrics(Path(scratch, "metrics.jsonl"))
             start = time.perf_counter()
-            train(model, pairs, config, work, metrics, stage="bench", seed=0)
+            train(model, pairs[:count], replace(config, batch_size=count), work, metrics, stage="bench", seed=0)
             return 1e3 * (time.perf_counter() - start)
 
     @torch.no_grad()
@@ -95,7 +97,7 @@ def make_cream(directory: Path, pairs: list[dict], dtype: str) -> tuple[Callable
 
 def make_trl(
     directory: Path, pairs: list[dict], dtype: str, checkpointing: bool
-) -> tuple[Callable[[], float], Callable[[], float]]:
+) -> tuple[Callable[[int], float], Callable[[], float]]:
     """The same of TRL: from the beginning of a step to its end, as its callbacks are told."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -148,7 +150,10 @@ def make_trl(
         callbacks=[clock],
     )
 
-    def step() -> float:
+    dataset = trainer.train_dataset
+
+    def step(count: int) -> float:
+        trainer.train_dataset = dataset.select(range(count))
         trainer.train()
         return clock.ms
 
@@ -170,7 +175,7 @@ MAKERS = {
 
 
 def worker(name: str, model: str, count: int, dtype: str) -> None:
-    """The process of one implementation: the loss of the first pairs, then a step for every line that comes in."""
+    """The process of one implementation: the loss of the first pairs, then for every line a step of so many."""
     # Imported first, so that what that takes is not counted as the model's memory.
     importlib.import_module("cream.dpo" if name == "cream" else "trl.trainer.dpo_trainer")
     if torch.cuda.is_available():
@@ -179,11 +184,11 @@ def worker(name: str, model: str, count: int, dtype: str) -> None:
     pairs = make_pairs(count, directory_of(model, dtype))
     step, loss = MAKERS[name](directory_of(model, dtype), pairs, dtype)
     print("WORKER", json.dumps({"loss": loss()}), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         peak.reset()
-        ms = step()
+        ms = step(int(line))
         mib = None if before is None else peak.highest_mib() - before
         if torch.cuda.is_available():
             mib = torch.cuda.max_memory_allocated() / 2**20
@@ -217,9 +222,9 @@ class Worker:
         self.stderr.seek(0)
         return (self.stderr.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
 
-    def step(self) -> dict | None:
+    def step(self, count: int) -> dict | None:
         if self.process.poll() is None:
-            self.process.stdin.write("step\n")
+            self.process.stdin.write(f"{count}\n")
             self.process.stdin.flush()
         return self.answer()
 
@@ -263,7 +268,7 @@ def measure(model: str, count: int, dtype: str, names: Sequence[str], args: argp
     answers: dict[str, list[dict]] = {found.name: [] for found in workers}
     for turn in range(1 + args.repeats):
         for found in list(workers):
-            answer = found.step()
+            answer = found.step(count if turn else min(TRL_PAIRS, count))
             if answer is None:
                 workers.remove(found)
             elif turn:
