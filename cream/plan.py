@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from cream.config import Config, LoRAConfig, OptimConfig
 
 CARDS_GB = (24, 40, 80)
-HEAD_TILE = {"cpu": (512, 1024), "cuda": (4096, 16384)}  # linear_logp's: rows and vocabulary held at once, in float32
+# linear_logp's: rows and vocabulary held at once, in float32, by the bytes of a weight
+HEAD_TILE = {"cpu": {2: (1024, 2048), 4: (2048, 1024)}, "cuda": dict.fromkeys((2, 4), (4096, 16384))}
 HEAD_CHUNK = {"cpu": 1024, "cuda": 2048}  # rows of logits that linear_weighted_dpo holds, or one pair's if more
 HEAD_BLOCK = 4096  # vocabulary that it multiplies out at once on a CPU
 BLOCK = 256  # cream.adamw's, which needs torch: parameters whose 8-bit moments share a scale
@@ -298,7 +299,7 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
         return (
             weights,
             Part("activations", tokens * forward_bytes(shape, size, lora)),
-            Part("head", tokens * shape.hidden * 4 + tile_bytes(shape, device)),
+            Part("head", tokens * shape.hidden * 4 + tile_bytes(shape, size, device)),
         )
 
     stages = []
@@ -315,9 +316,9 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
     return Plan(dtype, shape, tuple(stages), _disk(config, shape, size))
 
 
-def tile_bytes(shape: Shape, device: str) -> int:
+def tile_bytes(shape: Shape, size: int, device: str) -> int:
     """A tile of logits and of the head in float32, and both gradients."""
-    rows, columns = HEAD_TILE[device]
+    rows, columns = HEAD_TILE[device][size]
     return 4 * min(columns, shape.vocabulary) * (2 * rows + 2 * shape.hidden)
 
 
@@ -328,8 +329,8 @@ def logp_bytes(shape: Shape, size: int, device: str, rows: int, frozen: bool = F
     """
     wide = rows * shape.hidden * (8 + size)
     if frozen:
-        return wide + tile_bytes(shape, device)
-    return wide + shape.vocabulary * shape.hidden * size + tile_bytes(shape, device)
+        return wide + tile_bytes(shape, size, device)
+    return wide + shape.vocabulary * shape.hidden * size + tile_bytes(shape, size, device)
 
 
 def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int:
@@ -342,7 +343,7 @@ def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int
     if device == "cpu" and rows <= most:
         gradient = V * D * size
         logits = rows * min(HEAD_BLOCK, V) * size if rows <= D else logits
-    return rows * D * (8 + size) + logits + gradient + tile_bytes(shape, device)
+    return rows * D * (8 + size) + logits + gradient + tile_bytes(shape, size, device)
 
 
 def _training_parts(

@@ -197,7 +197,7 @@ def test_head_never_holds_all_logits():
 def test_head_on_a_cpu(rows, logits, gradient):
     """One chunk of at most D = 4096 rows lies in the gradient's memory; two need a sum in float32."""
     head = dpo_bytes(LLAMA3_8B, 2, "cpu", 1536, rows)
-    tile = 4 * 1024 * (2 * 512 + 2 * 4096)
+    tile = 4 * 2048 * (2 * 1024 + 2 * 4096)
     assert head == logits + 128256 * 4096 * gradient + rows * 4096 * 10 + tile
 
 
@@ -205,9 +205,13 @@ def test_rows_and_tiles_are_those_of_the_kernels():
     from cream_kernels import linear_weighted_dpo, tiles
 
     body = sys.modules[linear_weighted_dpo.__module__]
-    cpu, other = body.tile_shape(torch.device("cpu")), body.tile_shape(torch.device("meta"))
-    assert (HEAD_CHUNK, HEAD_TILE) == ({"cpu": 2 * cpu[0], "cuda": tiles.CHUNK_ROWS}, {"cpu": cpu, "cuda": other})
-    assert HEAD_BLOCK == body.BLOCK * cpu[1]
+    for name, device in (("cpu", "cpu"), ("cuda", "meta")):  # no card is needed to ask
+        shapes = {
+            dtype.itemsize: body.tile_shape(torch.device(device), dtype) for dtype in (torch.float32, torch.bfloat16)
+        }
+        assert HEAD_TILE[name] == shapes
+    assert HEAD_CHUNK == {"cpu": body.CHUNK_ROWS, "cuda": tiles.CHUNK_ROWS}
+    assert HEAD_BLOCK == body.BLOCK
 
 
 def saved_bytes(config, size, lora=None, fused=False):

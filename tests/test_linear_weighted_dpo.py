@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cream_kernels import IGNORE, linear_logp, linear_weighted_dpo, reference, weighted_dpo
+from cream_kernels import linear_logp_torch as torch_body
 
 module = sys.modules["cream_kernels.linear_weighted_dpo"]  # the package's attribute of that name is the function
 
@@ -132,7 +133,7 @@ def test_what_targets_add_comes_a_few_rows_at_a_time(dtype, chunk_tokens, monkey
     given, upstream = problem(dtype), UPSTREAM["mean"]
     given[2][30:36] = 17  # one token several times, which is rounded once
     together = run(linear_weighted_dpo, *given, upstream=upstream, chunk_tokens=chunk_tokens)
-    monkeypatch.setattr(module, "FEW_ROWS", 3)
+    monkeypatch.setattr(torch_body, "FEW_ROWS", 3)
     for ours, whole in zip(run(linear_weighted_dpo, *given, upstream=upstream, chunk_tokens=chunk_tokens), together,
                            strict=True):  # fmt: skip
         assert ours.equal(whole)

@@ -17,6 +17,8 @@ from torch.nn import functional
 from . import linear_logp_native as in_cpp
 from .reference import IGNORE
 
+FEW_ROWS = 128  # of D numbers, that a CPU widens at once
+
 
 class Squash(NamedTuple):
     """What stands between a product x and its logit z: factor * x, or ceiling * tanh(factor * x) where ceiling > 0."""
@@ -85,9 +87,28 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def tile_shape(device: torch.device) -> tuple[int, int]:
-    """(rows, vocabulary) of a tile. On a CPU 2 MB of float32 stay in cache; elsewhere launches are what costs."""
-    return (512, 1024) if device.type == "cpu" else (4096, 16384)
+def tile_shape(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """(rows, vocabulary) of a tile for inputs of dtype.
+
+    On a CPU 8 MB of float32 stay in cache. A vendor's product packs its part of the weight anew for every tile of rows,
+    so there should be few; our own of bfloat16 does not, and a wide tile is added into (n, D) less often. Elsewhere
+    launches are what costs.
+    """
+    if device.type != "cpu":
+        return 4096, 16384
+    return (1024, 2048) if dtype == torch.bfloat16 else (2048, 1024)
+
+
+def shrink_rows_(rows: Tensor, shrink: Tensor) -> None:
+    """rows (n, D) times shrink (n,), most of which is 1: maxima seldom move. A CPU leaves those rows alone."""
+    if rows.device.type != "cpu":
+        rows.mul_(shrink[:, None])
+        return
+    moved = (shrink != 1).nonzero()[:, 0]
+    if moved.numel() == shrink.numel():
+        rows.mul_(shrink[:, None])
+    elif moved.numel():
+        rows.index_copy_(0, moved, rows.index_select(0, moved).mul_(shrink[moved, None]))
 
 
 def rows_that_count(targets: Tensor, num_classes: int) -> Tensor | None:
@@ -138,6 +159,22 @@ class Products(NamedTuple):
         return self.squash(out)
 
 
+def rows_at_once(rows: Tensor) -> int:
+    """Of (n, D), where a wide copy of all would be needless memory."""
+    return FEW_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right: within the product where their dtype is total's. A CPU adds other dtypes through a copy,
+    so it does a few rows at a time."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    few_rows = rows_at_once(total)
+    for some, added in zip(total.split(few_rows), torch.mm(left, right).split(few_rows), strict=True):
+        some += added
+
+
 def take_targets_(
     tile: Tensor,  # (n, c) logits; the targets' entries become -inf
     columns: Tensor,  # (n,) int64, target less the tile's first column; outside [0, c) for most rows
@@ -181,6 +218,17 @@ def target_weights(
     targets: Tensor,  # (n,)
 ) -> Tensor:  # (n, D) wide
     return weight.index_select(0, targets.clamp(0, weight.shape[0] - 1)).to(wide_dtype(weight))
+
+
+def add_target_weights_(
+    total: Tensor,  # (n, D) wide, updated
+    scale: Tensor,  # (n,) wide
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (n,)
+) -> None:
+    few_rows = rows_at_once(total)
+    for some, at, own in zip(total.split(few_rows), scale.split(few_rows), targets.split(few_rows), strict=True):
+        some += target_weights(weight, own).mul_(at[:, None])
 
 
 def scale_rows(
@@ -227,11 +275,11 @@ def forward(
         logp, entropy = statistics.finish()
         return logp, statistics.maximum, statistics.others, None, entropy
     dtype = wide_dtype(hidden)
-    num_rows, num_columns = tile_shape(hidden.device)
+    num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
     products = Products.of(hidden, weight, bias, squash)
     statistics = Statistics.empty(hidden.shape[0], hidden, want_entropy)
     # sum over v != y of exp(z_v - maximum) dz_v/dx_v / factor weight[v], rescaled whenever the maximum moves
-    pull = hidden.new_zeros(hidden.shape, dtype=dtype) if keep_direction else None
+    pull = hidden.new_empty(hidden.shape, dtype=dtype) if keep_direction else None
     for first in range(0, weight.shape[0], num_columns):
         columns = slice(first, first + num_columns)
         for start in range(0, hidden.shape[0], num_rows):
@@ -245,7 +293,11 @@ def forward(
                 if bend is not None:
                     tile.mul_(bend)
                 operand = tile.to(weight.dtype) if rounded is None else rounded
-                pull[rows].mul_(shrink[:, None]).add_(torch.mm(operand, weight[columns]))
+                if first == 0:
+                    pull[rows] = torch.mm(operand, weight[columns])
+                    continue
+                shrink_rows_(pull[rows], shrink)
+                add_product_(pull[rows], operand, weight[columns])
     logp, entropy = statistics.finish()
     maximum, others = statistics.maximum, statistics.others
     if pull is None:
@@ -255,8 +307,8 @@ def forward(
     bend = squash.bend(statistics.target_logit)
     if bend is not None:
         at_target.mul_(bend)
-    direction = target_weights(weight, targets).mul_(at_target[:, None]).sub_(pull.mul_(at_others[:, None]))
-    return logp, maximum, others, direction, entropy
+    add_target_weights_(pull.mul_(-at_others[:, None]), at_target, weight, targets)
+    return logp, maximum, others, pull, entropy
 
 
 def gradients(
@@ -275,15 +327,14 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dhidden (n, D) wide, dweight (V, D), dbias (V,)
     """Recompute the logits tile by tile and multiply their derivatives out."""
     dtype = wide_dtype(hidden)
-    num_rows, num_columns = tile_shape(hidden.device)
+    num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
     products, wide_hidden = Products.of(hidden, weight, bias, squash), hidden.to(dtype)
     grad = grad * squash.factor
     at_others, at_target = -grad * share_of_others(logp, others), -grad * torch.expm1(logp)
-    own_weight = target_weights(weight, targets)
     if squash.ceiling > 0:
-        x = (wide_hidden * own_weight).sum(1)
+        x = (wide_hidden * target_weights(weight, targets)).sum(1)
         at_target *= squash.bend(squash(x if bias is None else x + bias[targets.clamp(0, weight.shape[0] - 1)]))
-    dhidden = own_weight.mul_(at_target[:, None]) if need_hidden else None
+    dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     dbias = weight.new_empty(weight.shape[0]) if need_bias else None
     # Vocabulary outside, rows inside: a tile of dweight is summed over all rows in float32 and rounded once.
@@ -306,12 +357,14 @@ def gradients(
                 dbias_tile.index_add_(0, own, at_own)
             coefficients = coefficients_(tile, at_others[rows], weight.dtype)
             if dhidden is not None:
-                dhidden[rows] += torch.mm(coefficients, weight[columns])
+                add_product_(dhidden[rows], coefficients, weight[columns])
             if dweight_tile is not None:
-                dweight_tile += torch.mm(coefficients.T, hidden[rows])
+                add_product_(dweight_tile, coefficients.T, hidden[rows])
                 dweight_tile.index_add_(0, own, at_own[:, None] * wide_hidden[rows])
         if dweight is not None:
             dweight[columns] = dweight_tile
         if dbias is not None:
             dbias[columns] = dbias_tile
+    if dhidden is not None:  # last, so that it is not what the many small parts are rounded to
+        add_target_weights_(dhidden, at_target, weight, targets)
     return dhidden, dweight, dbias

@@ -24,12 +24,14 @@ from .linear_logp_torch import (
     Products,
     Squash,
     Statistics,
+    add_product_,
+    add_target_weights_,
     fold_tile_,
+    rows_at_once,
     rows_that_count,
     scale_rows,
     scatter_rows,
     share_of_others,
-    target_weights,
     tile_shape,
     wide_dtype,
 )
@@ -37,8 +39,8 @@ from .reference import IGNORE
 from .weighted_dpo import loss_and_slope, weighted_dpo
 
 _PLAIN = Squash(1.0, 0.0)
-BLOCK = 4  # tiles of logits multiplied out at once by the torch body: what they are multiplied into is large
-FEW_ROWS = 128  # of hidden states and weights in float32, for what the targets add
+BLOCK = 4096  # vocabulary at least that the torch body multiplies out at once: what it multiplies into is large
+CHUNK_ROWS = 1024  # at least, of a CPU's chunks
 
 
 def linear_weighted_dpo(
@@ -96,7 +98,7 @@ def linear_weighted_dpo(
         raise ValueError("reference_logp and agreement are constants of the loss: detach them")
     if chunk_tokens is None:
         # with the torch body, of one chunk D rows need no room of their own
-        chunk_tokens = tiles.CHUNK_ROWS if hidden.is_cuda else max(2 * tile_shape(hidden.device)[0], hidden.shape[1])
+        chunk_tokens = tiles.CHUNK_ROWS if hidden.is_cuda else max(CHUNK_ROWS, hidden.shape[1])
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
     agreement = agreement.expand(num_sequences // 2)
@@ -185,12 +187,13 @@ def _forward(
     """loss (P,), logp (2P,), dhidden (N, D), all wide; dweight (V, D) as it was summed; and of each row (N,), wide:
     dloss/dlogp, logp, maximum and others.
     """
-    dtype, (most_rows, num_columns) = wide_dtype(hidden), tile_shape(hidden.device)
-    V, D = weight.shape
+    (V, D), dtype = weight.shape, wide_dtype(hidden)
+    most_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
+    block_columns = max(BLOCK, num_columns)
     products, wide = Products.of(hidden, weight, None, _PLAIN), functools.partial(hidden.new_empty, dtype=dtype)
     chunks = _pair_chunks(bounds, chunk_tokens)
     longest = max((rows.stop - rows.start for *_, rows in chunks), default=0)
-    blocks = [slice(first, min(first + BLOCK * num_columns, V)) for first in range(0, V, BLOCK * num_columns)]
+    blocks = [slice(first, min(first + block_columns, V)) for first in range(0, V, block_columns)]
     # Of one chunk, products are rounded once either way, so there is no need of a wide sum.
     summed = weight.dtype if len(chunks) == 1 and reading_is_free(targets) else dtype
     dweight = weight.new_empty(weight.shape, dtype=summed) if chunks else weight.new_zeros(weight.shape)
@@ -198,7 +201,7 @@ def _forward(
     # until its product is due, which takes it from space.
     inside = len(chunks) == 1 and longest <= D and summed == weight.dtype
     logits = dweight.view(-1) if inside else weight.new_empty(longest * V)
-    space = weight.new_empty(longest * BLOCK * num_columns if inside else 0)
+    space = weight.new_empty(longest * block_columns if inside else 0)
     wide_tile = wide(0 if weight.dtype == dtype else min(longest, most_rows) * num_columns)
     dhidden = wide(hidden.shape).zero_() if need_hidden else None
     loss, logp = wide(len(bounds) // 2), wide(len(bounds) - 1)
@@ -237,25 +240,18 @@ def _forward(
             coefficients = space[: block.numel()].view(block.shape) if inside else block
             for tile, out in zip(block.split(num_columns, 1), coefficients.split(num_columns, 1), strict=True):
                 scale_rows(tile, next(scales), out)
-            if dhidden is not None and weight.dtype == dtype:
-                dhidden[rows].addmm_(coefficients, weight[columns])
-            elif dhidden is not None:
-                dhidden[rows] += torch.mm(coefficients, weight[columns])
+            if dhidden is not None:
+                add_product_(dhidden[rows], coefficients, weight[columns])
             if first_pair == 0 and summed == weight.dtype:
                 torch.mm(coefficients.T, hidden[rows], out=dweight[columns])
             elif first_pair == 0:
                 dweight[columns] = torch.mm(coefficients.T, hidden[rows])
-            elif summed == weight.dtype:
-                dweight[columns].addmm_(coefficients.T, hidden[rows])
             else:
-                dweight[columns] += torch.mm(coefficients.T, hidden[rows])
-        at_target = (-row_grad * torch.expm1(row_logp))[:, None]
+                add_product_(dweight[columns], coefficients.T, hidden[rows])
+        at_target = -row_grad * torch.expm1(row_logp)
         if dhidden is not None:
-            for start in range(rows.start, rows.stop, FEW_ROWS):
-                few = slice(start, min(start + FEW_ROWS, rows.stop))
-                part = slice(few.start - rows.start, few.stop - rows.start)
-                dhidden[few] += at_target[part] * target_weights(weight, targets[few])
-        _add_rows_(dweight, targets[rows].clamp(0, V - 1), at_target, hidden[rows])
+            add_target_weights_(dhidden[rows], at_target, weight, targets[rows])
+        _add_rows_(dweight, targets[rows].clamp(0, V - 1), at_target[:, None], hidden[rows])
     return loss, logp, dhidden, dweight, row_values
 
 
@@ -270,7 +266,7 @@ def _fold_products_(
 ) -> None:
     """Some rows at a time: in place where kept is wide, else through a tile that is, rounding once."""
     rounds = kept.dtype != wide_tile.dtype
-    step, columns = tile_shape(kept.device)[0], slice(first, first + kept.shape[1])
+    step, columns = tile_shape(kept.device, kept.dtype)[0], slice(first, first + kept.shape[1])
     for start in range(0, len(own), step):
         part = slice(start, min(start + step, len(own)))
         tile = wide_tile[: kept[part].numel()].view(kept[part].shape) if rounds else kept[part]
@@ -285,14 +281,15 @@ def _add_rows_(
     rows: Tensor,  # (n, D)
 ) -> None:
     """matrix.index_add_(0, at, scale * rows), but rounded once where matrix is in half precision."""
+    few_rows = rows_at_once(rows)
     if matrix.dtype == scale.dtype:
-        for part in (slice(start, start + FEW_ROWS) for start in range(0, len(at), FEW_ROWS)):
-            matrix.index_add_(0, at[part], scale[part] * rows[part])
+        for few, by, some in zip(at.split(few_rows), scale.split(few_rows), rows.split(few_rows), strict=True):
+            matrix.index_add_(0, few, by * some)
         return
     which, back = at.unique(return_inverse=True)
-    for start in range(0, len(which), FEW_ROWS):
-        place = which[start : start + FEW_ROWS]
-        part = ((back >= start) & (back < start + FEW_ROWS)).nonzero()[:, 0]
+    for start in range(0, len(which), few_rows):
+        place = which[start : start + few_rows]
+        part = ((back >= start) & (back < start + few_rows)).nonzero()[:, 0]
         sums = matrix[place].to(scale.dtype).index_add_(0, back[part] - start, scale[part] * rows[part])
         matrix[place] = sums.to(matrix.dtype)
 
