@@ -328,11 +328,11 @@ def gradients(
     """Recompute the logits tile by tile and multiply their derivatives out."""
     dtype = wide_dtype(hidden)
     num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
-    products, wide_hidden = Products.of(hidden, weight, bias, squash), hidden.to(dtype)
+    products = Products.of(hidden, weight, bias, squash)
     grad = grad * squash.factor
     at_others, at_target = -grad * share_of_others(logp, others), -grad * torch.expm1(logp)
     if squash.ceiling > 0:
-        x = (wide_hidden * target_weights(weight, targets)).sum(1)
+        x = (hidden * target_weights(weight, targets)).sum(1)
         at_target *= squash.bend(squash(x if bias is None else x + bias[targets.clamp(0, weight.shape[0] - 1)]))
     dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
@@ -360,7 +360,8 @@ def gradients(
                 add_product_(dhidden[rows], coefficients, weight[columns])
             if dweight_tile is not None:
                 add_product_(dweight_tile, coefficients.T, hidden[rows])
-                dweight_tile.index_add_(0, own, at_own[:, None] * wide_hidden[rows])
+                here = inside.nonzero()[:, 0] if inside.device.type == "cpu" else slice(None)
+                dweight_tile.index_add_(0, own[here], hidden[rows][here] * at_own[here, None])
         if dweight is not None:
             dweight[columns] = dweight_tile
         if dbias is not None:
