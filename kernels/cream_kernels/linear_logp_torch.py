@@ -17,6 +17,7 @@ from torch.nn import functional
 from . import linear_logp_native as in_cpp
 from .reference import IGNORE
 
+PAD = 16
 FEW_ROWS = 128  # of D numbers, that a CPU widens at once
 
 
@@ -99,6 +100,15 @@ def tile_shape(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     return (1024, 2048) if dtype == torch.bfloat16 else (2048, 1024)
 
 
+def tiles_room(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for any tile, to be taken once: memory fresh from the system comes page by page.
+
+    Rows lie PAD elements further apart than they are long, as powers of two would share their lines of a CPU's cache.
+    """
+    num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
+    return hidden.new_empty((min(hidden.shape[0], num_rows), min(weight.shape[0], num_columns) + PAD), dtype=dtype)
+
+
 def shrink_rows_(rows: Tensor, shrink: Tensor) -> None:
     """rows (n, D) times shrink (n,), most of which is 1: maxima seldom move. A CPU leaves those rows alone."""
     if rows.device.type != "cpu":
@@ -146,14 +156,16 @@ class Products(NamedTuple):
         served = in_cpp.why_not(hidden, weight) is None
         return cls(hidden if served else hidden.to(wide_dtype(hidden)), weight, bias, squash)
 
-    def tile(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:  # (n, c) wide logits
+    def tile(self, rows: slice, columns: slice, room: Tensor) -> Tensor:
+        """Wide logits (n, c), at the beginning of room."""
+        return self.into(room[: len(self.hidden[rows]), : len(self.weight[columns])], rows, columns)
+
+    def into(self, out: Tensor, rows: slice, columns: slice) -> Tensor:  # (n, c) wide, becomes the logits
         hidden, weight = self.hidden[rows], self.weight[columns]
         if hidden.dtype == torch.bfloat16:
-            if out is None:
-                out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
             in_cpp.logits_tile(hidden, weight, out)
         else:
-            out = torch.mm(hidden, weight.to(hidden.dtype).T, out=out)
+            torch.mm(hidden, weight.to(hidden.dtype).T, out=out)
         if self.bias is not None:
             out += self.bias[columns]
         return self.squash(out)
@@ -278,16 +290,18 @@ def forward(
     num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
     products = Products.of(hidden, weight, bias, squash)
     statistics = Statistics.empty(hidden.shape[0], hidden, want_entropy)
+    room = tiles_room(hidden, weight, dtype)
+    rounds = keep_direction and squash.ceiling == 0 and weight.dtype != dtype
+    rounded_room = tiles_room(hidden, weight, weight.dtype) if rounds else None
     # sum over v != y of exp(z_v - maximum) dz_v/dx_v / factor weight[v], rescaled whenever the maximum moves
     pull = hidden.new_empty(hidden.shape, dtype=dtype) if keep_direction else None
     for first in range(0, weight.shape[0], num_columns):
         columns = slice(first, first + num_columns)
         for start in range(0, hidden.shape[0], num_rows):
             rows = slice(start, start + num_rows)
-            tile = products.tile(rows, columns)
+            tile = products.tile(rows, columns, room)
             bend = squash.bend(tile) if keep_direction else None
-            rounds = keep_direction and bend is None and weight.dtype != dtype
-            rounded = torch.empty_like(tile, dtype=weight.dtype) if rounds else None
+            rounded = rounded_room[: tile.shape[0], : tile.shape[1]] if rounds else None
             shrink = fold_tile_(tile, targets[rows] - first, statistics.of(rows), rounded)
             if pull is not None:
                 if bend is not None:
@@ -337,6 +351,7 @@ def gradients(
     dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     dbias = weight.new_empty(weight.shape[0]) if need_bias else None
+    room = tiles_room(hidden, weight, dtype)
     # Vocabulary outside, rows inside: a tile of dweight is summed over all rows in float32 and rounded once.
     for first in range(0, weight.shape[0], num_columns):
         columns = slice(first, min(first + num_columns, weight.shape[0]))
@@ -344,7 +359,7 @@ def gradients(
         dbias_tile = weight.new_zeros(columns.stop - first, dtype=dtype) if need_bias else None
         for start in range(0, hidden.shape[0], num_rows):
             rows = slice(start, start + num_rows)
-            tile = products.tile(rows, columns)
+            tile = products.tile(rows, columns, room)
             bend = squash.bend(tile)
             inside, _ = take_targets_(tile, targets[rows] - first)
             tile.sub_(maximum[rows, None]).exp_()

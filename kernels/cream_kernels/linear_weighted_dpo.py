@@ -270,7 +270,7 @@ def _fold_products_(
     for start in range(0, len(own), step):
         part = slice(start, min(start + step, len(own)))
         tile = wide_tile[: kept[part].numel()].view(kept[part].shape) if rounds else kept[part]
-        products.tile(slice(rows.start + part.start, rows.start + part.stop), columns, out=tile)
+        products.into(tile, slice(rows.start + part.start, rows.start + part.stop), columns)
         fold_tile_(tile, own[part], statistics.of(part), kept[part] if rounds else None)
 
 
