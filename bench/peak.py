@@ -29,8 +29,8 @@ def highest_mib() -> float:
 def map_large_blocks() -> None:
     """Have the C library ask the system for every block of a MiB, and give it back when it is freed.
 
-    Otherwise what it keeps in its heap for the next one, and between blocks, counts as held: up to half again of what
-    was asked for, another half each time.
+    Otherwise what it keeps in its heap for the next one, and between blocks, counts as held, more or less of it each
+    time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
