@@ -19,7 +19,31 @@ SQUASHES = {
     "both": {"factor": 1.5 / 30.0, "ceiling": 30.0 / 2.0},
 }
 EMPTY = torch.empty(1, 2, dtype=torch.bfloat16)
-needs_bf16 = pytest.mark.skipif(bool(ours.why_not(EMPTY, EMPTY)), reason=str(ours.why_not(EMPTY, EMPTY)))
+needs_bf16 = pytest.mark.usefixtures("product")
+
+
+class Body:
+    """The library, but that one of its questions to the processor has another answer."""
+
+    def __init__(self, question, isa):
+        self.library, self.question, self.isa = native.load(), question, isa
+
+    def __getattr__(self, name):
+        return (lambda: self.isa) if name == self.question else getattr(self.library, name)
+
+
+def use(question, isa, name, monkeypatch):
+    if native.load() is None:
+        pytest.skip(f"no native library: {native.why_not()}")
+    body = Body(question, isa)
+    if isa > getattr(body.library, question)():
+        pytest.skip(f"this processor has no {name}")
+    monkeypatch.setattr(native, "load", lambda: body)
+
+
+@pytest.fixture(params=["AVX512-BF16", "AMX"])
+def product(request, monkeypatch):
+    use("cream_bf16_isa", ["AVX512-BF16", "AMX"].index(request.param) + 1, request.param, monkeypatch)
 
 
 def problem(N, V, D, seed=0):
@@ -215,7 +239,7 @@ def test_no_rows():
 
 
 @needs_bf16
-@pytest.mark.parametrize("n, c, D", [(1, 1, 1), (7, 65, 33), (129, 200, 257), (517, 130, 40)])
+@pytest.mark.parametrize("n, c, D", [(1, 1, 1), (7, 65, 33), (129, 200, 257), (517, 130, 40), (5, 70, 1100)])
 def test_a_tile_keeps_float32(n, c, D):
     hidden, weight, _, _ = problem(n, c, D)
     truth = hidden.double() @ weight.double().T
@@ -231,28 +255,9 @@ def test_a_tile_keeps_float32(n, c, D):
         torch.set_num_threads(1)
 
 
-class Body:
-    """The library with another of the fold's bodies."""
-
-    def __init__(self, isa):
-        self.library, self.isa = native.load(), isa
-
-    def __getattr__(self, name):
-        return getattr(self.library, name)
-
-    def cream_top_p_isa(self):
-        return self.isa
-
-
 @pytest.fixture(params=["plain", "avx2", "avx512"])
 def fold(request, monkeypatch):
-    if native.load() is None:
-        pytest.skip(f"no native library: {native.why_not()}")
-    isa = ["plain", "avx2", "avx512"].index(request.param)
-    if isa > native.load().cream_top_p_isa():
-        pytest.skip(f"this processor has no {request.param}")
-    body = Body(isa)
-    monkeypatch.setattr(native, "load", lambda: body)
+    use("cream_top_p_isa", ["plain", "avx2", "avx512"].index(request.param), request.param, monkeypatch)
     return ours.fold_tile_
 
 
@@ -362,7 +367,7 @@ def test_reasons(monkeypatch):
     assert ours.why_not(EMPTY, EMPTY) == ours.why_not_fold(wide) == ours.why_not_scale(EMPTY) == "not built"
 
     class Bare:
-        def cream_bf16_available(self):
+        def cream_bf16_isa(self):
             return 0
 
         def cream_top_p_isa(self):

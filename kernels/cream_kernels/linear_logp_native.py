@@ -3,9 +3,9 @@
 N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
-Callers ask why_not (AVX512-BF16: statistics, logits_tile), why_not_fold (AVX2: fold_tile_) or why_not_scale (AVX2:
-scale_rows) first. No result depends on the number of threads, which is torch's. Sources:
-kernels/csrc/{linear_logp,logits_tile,fold}.cpp.
+Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile), why_not_fold (AVX2: fold_tile_) or why_not_scale
+(AVX2: scale_rows) first. No result depends on the number of threads, which is torch's. Sources:
+kernels/csrc/{bf16_product,linear_logp,logits_tile,fold}.cpp.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     library = native.load()
     if library is None:
         return native.why_not()
-    return None if library.cream_bf16_available() else "this processor has no AVX512-BF16, or the compiler had none"
+    return None if library.cream_bf16_isa() else "this processor has no AVX512-BF16, or the compiler had none"
 
 
 def why_not_fold(tile: Tensor) -> str | None:
@@ -70,7 +70,8 @@ def statistics(
     targets = targets.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     results = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4 if want_moment else 3)]
-    done = native.load().cream_linear_logp_statistics(
+    library = native.load()
+    done = library.cream_linear_logp_statistics(
         hidden.data_ptr(),
         *hidden.shape,
         hidden.stride(0),
@@ -84,6 +85,7 @@ def statistics(
         *(result.data_ptr() for result in results),
         *([] if want_moment else [None]),
         torch.get_num_threads(),
+        library.cream_bf16_isa(),
     )
     _check(done)
     return tuple(results) if want_moment else (*results, None)
@@ -97,7 +99,8 @@ def logits_tile(
     """hidden @ weight.T, summed and kept in float32, which torch has not on CPUs."""
     assert out.dtype == torch.float32 and (out.stride(1) == 1 or out.shape[1] == 1)
     hidden, weight = _dense_rows(hidden), _dense_rows(weight)
-    done = native.load().cream_logits_tile(
+    library = native.load()
+    done = library.cream_logits_tile(
         hidden.data_ptr(),
         *hidden.shape,
         hidden.stride(0),
@@ -107,6 +110,7 @@ def logits_tile(
         out.data_ptr(),
         out.stride(0),
         torch.get_num_threads(),
+        library.cream_bf16_isa(),
     )
     _check(done)
     return out

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 4  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 5  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -80,7 +80,7 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]
-    library.cream_bf16_available.restype = ctypes.c_int
+    library.cream_bf16_isa.restype = ctypes.c_int
     library.cream_linear_logp_statistics.restype = ctypes.c_int
     library.cream_linear_logp_statistics.argtypes = [
         ctypes.c_void_p,  # hidden
@@ -99,6 +99,7 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,  # target logit
         ctypes.c_void_p,  # moment or None
         ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
     ]
     library.cream_logits_tile.restype = ctypes.c_int
     library.cream_logits_tile.argtypes = [
@@ -112,6 +113,7 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,  # out
         ctypes.c_int64,  # its row stride
         ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
     ]
     library.cream_fold_tile.restype = ctypes.c_int
     library.cream_fold_tile.argtypes = [

@@ -1,4 +1,4 @@
-// The statistics of log softmax(hidden @ weight.T) for bfloat16 on CPUs with AVX512-BF16.
+// The statistics of log softmax(hidden @ weight.T) for bfloat16 on CPUs that multiply it in hardware.
 // Meaning: statistics in linear_logp_native.py; the algebra stands at the head of linear_logp.py.
 //
 // N rows, D hidden size, V vocabulary. Each lane keeps its own maximum and sum while a chunk of the vocabulary
@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int64_t kChunk = 8;        // panels whose statistics are kept apart
-constexpr int64_t kTaskRows = 1536;  // and so many rows of them are one thread's at a time; a multiple of kRows
+constexpr int64_t kTaskRows = 1536;  // and so many rows of them are one thread's at a time
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kMost = std::numeric_limits<float>::max();
@@ -66,6 +66,7 @@ INLINE __m512 squash(__m512 x, const Squash& s) {
 }
 
 struct Problem {
+  const Product* product;
   const uint32_t* blocks;  // hidden, packed
   int64_t N, D;
   const uint16_t* weight;
@@ -126,9 +127,9 @@ TARGET void fold(const float* tile, int64_t first, const float* bias, const __mm
 // One chunk of the vocabulary for some rows.
 template <bool CAPPED, bool MOMENT>
 TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end, uint32_t* panel, Lanes* lanes) {
-  const int64_t pairs = (p.D + 1) / 2;
+  const int64_t pairs = pairs_of(p.D), rows = p.product->rows;
   const Squash s = {_mm512_set1_ps(p.factor), _mm512_set1_ps(p.ceiling)};
-  alignas(64) float tile[kRows * kColumns], bias[kColumns];
+  alignas(64) float tile[kMostRows * kColumns], bias[kColumns];
   for (int64_t n = 0; n < end - start; ++n)
     for (int i = 0; i < kLanes; ++i) {
       lanes[n].maximum[i] = -kMost;  // as empty_statistics has it
@@ -143,10 +144,10 @@ TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end
       missing[g] = inside >= kLanes ? 0 : inside <= 0 ? 0xffff : __mmask16(0xffffu << inside);
     }
     for (int i = 0; i < kColumns; ++i) bias[i] = p.bias && i < count ? p.bias[first + i] : 0;
-    pack_panel(p.weight + first * p.stride, count, p.D, p.stride, panel);
-    for (int64_t n = start; n < end; n += kRows) {
-      multiply(p.blocks + n * pairs, panel, pairs, tile);
-      fold<CAPPED, MOMENT>(tile, first, bias, missing, s, end - n < kRows ? end - n : kRows, p.targets + n,
+    p.product->pack_panel(p.weight + first * p.stride, count, p.D, p.stride, panel);
+    for (int64_t n = start; n < end; n += rows) {
+      p.product->multiply(p.blocks + n * pairs, panel, pairs, tile);
+      fold<CAPPED, MOMENT>(tile, first, bias, missing, s, end - n < rows ? end - n : rows, p.targets + n,
                             p.target_logit + n, lanes + (n - start));
     }
   }
@@ -166,26 +167,19 @@ TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end
 }
 
 void run(const Problem& p, int64_t chunk, int64_t start, int64_t end, uint32_t* panel, Lanes* lanes) {
+  p.product->begin();
   if (p.capped)
     (p.want_moment ? run_task<true, true> : run_task<true, false>)(p, chunk, start, end, panel, lanes);
   else
     (p.want_moment ? run_task<false, true> : run_task<false, false>)(p, chunk, start, end, panel, lanes);
+  p.product->end();
 }
 
 }  // namespace
 
 #endif
 
-// Whether this processor and this build have cream_linear_logp_statistics and cream_logits_tile.
-EXPORT int cream_bf16_available() {
-#if HAVE_BF16
-  return processor_has_bf16();
-#else
-  return 0;
-#endif
-}
-
-// Returns 0, or -1 where cream_bf16_available is 0, or -2 without memory.
+// Returns 0, or -1 where there is no bf16_product of this isa, or -2 without memory.
 EXPORT int cream_linear_logp_statistics(
     const uint16_t* hidden,  // (N, D) bfloat16, rows hidden_stride elements apart, columns dense
     int64_t N,
@@ -202,16 +196,20 @@ EXPORT int cream_linear_logp_statistics(
     float* others,        // (N,) out, their sum of exp(z - maximum)
     float* target_logit,  // (N,) out, NaN for a target outside [0, V)
     float* moment,        // (N,) out, the others' sum of exp(z - maximum) * (z - maximum); null: not wanted
-    int threads
+    int threads,
+    int isa
 ) {
 #if HAVE_BF16
-  if (!cream_bf16_available()) return -1;
-  const int64_t pairs = (D + 1) / 2, chunks = ceil_div(V, kChunk * kColumns), groups = ceil_div(N, kTaskRows);
-  const int64_t row_blocks = ceil_div(N, kRows), task_rows = ceil_div(row_blocks, groups ? groups : 1) * kRows;
-  Buffer<uint32_t> blocks = allocate<uint32_t>(row_blocks * kRows * pairs);
+  const Product* product = bf16_product(isa);
+  if (!product) return -1;
+  const int64_t rows = product->rows, pairs = pairs_of(D), row_blocks = ceil_div(N, rows);
+  const int64_t chunks = ceil_div(V, kChunk * kColumns), groups = ceil_div(N, kTaskRows);
+  const int64_t task_rows = ceil_div(row_blocks, groups ? groups : 1) * rows;
+  Buffer<uint32_t> blocks = allocate<uint32_t>(row_blocks * rows * pairs);
   Buffer<float> parts = allocate<float>(chunks * 3 * N);
   if (!blocks || !parts) return -2;
-  const Problem p = {blocks.get(),
+  const Problem p = {product,
+                     blocks.get(),
                      N,
                      D,
                      weight,
@@ -236,7 +234,8 @@ EXPORT int cream_linear_logp_statistics(
     }
 #pragma omp for
     for (int64_t b = 0; b < row_blocks; ++b)
-      pack_rows(hidden + b * kRows * hidden_stride, N - b * kRows, D, hidden_stride, blocks.get() + b * kRows * pairs);
+      product->pack_rows(hidden + b * rows * hidden_stride, N - b * rows, D, hidden_stride,
+                         blocks.get() + b * rows * pairs);
 #pragma omp for
     for (int64_t n = 0; n < N; ++n) target_logit[n] = kNaN;
 #pragma omp for schedule(dynamic)
@@ -264,7 +263,7 @@ EXPORT int cream_linear_logp_statistics(
 #else
   (void)hidden, (void)N, (void)D, (void)hidden_stride, (void)weight, (void)V, (void)weight_stride, (void)targets;
   (void)bias, (void)factor, (void)ceiling, (void)maximum, (void)others, (void)target_logit;
-  (void)moment, (void)threads;
+  (void)moment, (void)threads, (void)isa;
   return -1;
 #endif
 }
