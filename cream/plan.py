@@ -16,9 +16,9 @@ from cream.config import Config, LoRAConfig, OptimConfig
 
 CARDS_GB = (24, 40, 80)
 # linear_logp's: rows and vocabulary held at once, in float32, by the bytes of a weight
-HEAD_TILE = {"cpu": {2: (1024, 2048), 4: (2048, 1024)}, "cuda": dict.fromkeys((2, 4), (4096, 16384))}
+HEAD_TILE = {"cpu": {2: (1024, 2016), 4: (2048, 1008)}, "cuda": dict.fromkeys((2, 4), (4096, 16384))}
 HEAD_CHUNK = {"cpu": 1024, "cuda": 2048}  # rows of logits that linear_weighted_dpo holds, or one pair's if more
-HEAD_BLOCK = 4096  # vocabulary that it multiplies out at once on a CPU
+HEAD_BLOCK = 4032  # vocabulary that it multiplies out at once on a CPU
 BLOCK = 256  # cream.adamw's, which needs torch: parameters whose 8-bit moments share a scale
 STEP_CHECKPOINTS = 3  # the newest two are kept, and a third exists while it is written
 

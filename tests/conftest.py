@@ -24,6 +24,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def nan_in_fresh_memory():
+    """What torch.empty and its kind give is full of nan, as memory that others have used may be."""
+    torch.use_deterministic_algorithms(True)  # fills it: torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Every byte is a token, plus ChatML's three; pad and end of text are the same token, as in SmolLM2."""

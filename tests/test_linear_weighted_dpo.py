@@ -104,6 +104,14 @@ def test_no_worse_than_torch(dtype, upstream, chunk_tokens, way):
     assert_no_worse(ours, plain, truth)
 
 
+@pytest.mark.parametrize("chunk_tokens", [40, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fresh_memory_is_not_read(dtype, chunk_tokens, way, nan_in_fresh_memory):
+    given = problem(dtype, V=5001)
+    ours = run(linear_weighted_dpo, *given, upstream=UPSTREAM["per pair"], chunk_tokens=chunk_tokens)
+    assert all(x.isfinite().all() for x in ours)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_logits_in_the_memory_of_dweight(dtype, monkeypatch):
     """One chunk of at most D rows, of three blocks and nine tiles."""

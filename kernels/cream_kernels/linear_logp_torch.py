@@ -17,7 +17,6 @@ from torch.nn import functional
 from . import linear_logp_native as in_cpp
 from .reference import IGNORE
 
-PAD = 16
 FEW_ROWS = 128  # of D numbers, that a CPU widens at once
 
 
@@ -92,21 +91,25 @@ def tile_shape(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     """(rows, vocabulary) of a tile for inputs of dtype.
 
     On a CPU 8 MB of float32 stay in cache. A vendor's product packs its part of the weight anew for every tile of rows,
-    so there should be few; our own of bfloat16 does not, and a wide tile is added into (n, D) less often. Elsewhere
-    launches are what costs.
+    so there should be few; our own of bfloat16 does not, and a wide tile is added into (n, D) less often. Rows a power
+    of two apart would share their lines of a cache, so these are odd multiples of its lines. Elsewhere launches are
+    what costs.
     """
     if device.type != "cpu":
         return 4096, 16384
-    return (1024, 2048) if dtype == torch.bfloat16 else (2048, 1024)
+    return (1024, 2016) if dtype == torch.bfloat16 else (2048, 1008)
 
 
-def tiles_room(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for any tile, to be taken once: memory fresh from the system comes page by page.
-
-    Rows lie PAD elements further apart than they are long, as powers of two would share their lines of a CPU's cache.
-    """
+def tiles_room(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # flat
+    """Room for any tile, to be taken once: memory fresh from the system comes page by page."""
     num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
-    return hidden.new_empty((min(hidden.shape[0], num_rows), min(weight.shape[0], num_columns) + PAD), dtype=dtype)
+    return hidden.new_empty(min(hidden.shape[0], num_rows) * min(weight.shape[0], num_columns), dtype=dtype)
+
+
+def tile_in(room: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """(n, c) at the beginning of room. Dense: oneDNN's AMX product of bfloat16 takes in what lies between rows, and
+    turns a nan there into nan results."""
+    return room[: num_rows * num_columns].view(num_rows, num_columns)
 
 
 def shrink_rows_(rows: Tensor, shrink: Tensor) -> None:
@@ -157,8 +160,8 @@ class Products(NamedTuple):
         return cls(hidden if served else hidden.to(wide_dtype(hidden)), weight, bias, squash)
 
     def tile(self, rows: slice, columns: slice, room: Tensor) -> Tensor:
-        """Wide logits (n, c), at the beginning of room."""
-        return self.into(room[: len(self.hidden[rows]), : len(self.weight[columns])], rows, columns)
+        """Wide logits (n, c), in room."""
+        return self.into(tile_in(room, len(self.hidden[rows]), len(self.weight[columns])), rows, columns)
 
     def into(self, out: Tensor, rows: slice, columns: slice) -> Tensor:  # (n, c) wide, becomes the logits
         hidden, weight = self.hidden[rows], self.weight[columns]
@@ -301,7 +304,7 @@ def forward(
             rows = slice(start, start + num_rows)
             tile = products.tile(rows, columns, room)
             bend = squash.bend(tile) if keep_direction else None
-            rounded = rounded_room[: tile.shape[0], : tile.shape[1]] if rounds else None
+            rounded = tile_in(rounded_room, *tile.shape) if rounds else None
             shrink = fold_tile_(tile, targets[rows] - first, statistics.of(rows), rounded)
             if pull is not None:
                 if bend is not None:

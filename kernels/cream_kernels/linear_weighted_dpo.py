@@ -32,6 +32,7 @@ from .linear_logp_torch import (
     scale_rows,
     scatter_rows,
     share_of_others,
+    tile_in,
     tile_shape,
     wide_dtype,
 )
@@ -39,7 +40,7 @@ from .reference import IGNORE
 from .weighted_dpo import loss_and_slope, weighted_dpo
 
 _PLAIN = Squash(1.0, 0.0)
-BLOCK = 4096  # vocabulary at least that the torch body multiplies out at once: what it multiplies into is large
+BLOCK = 4032  # vocabulary at least that the torch body multiplies out at once: some of a CPU's tiles
 CHUNK_ROWS = 1024  # at least, of a CPU's chunks
 
 
@@ -269,7 +270,7 @@ def _fold_products_(
     step, columns = tile_shape(kept.device, kept.dtype)[0], slice(first, first + kept.shape[1])
     for start in range(0, len(own), step):
         part = slice(start, min(start + step, len(own)))
-        tile = wide_tile[: kept[part].numel()].view(kept[part].shape) if rounds else kept[part]
+        tile = tile_in(wide_tile, *kept[part].shape) if rounds else kept[part]
         products.into(tile, slice(rows.start + part.start, rows.start + part.stop), columns)
         fold_tile_(tile, own[part], statistics.of(part), kept[part] if rounds else None)
 
