@@ -339,6 +339,8 @@ def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int
     on a CPU needs no sum in float32, and for at most D rows only the room of a block beside the gradient."""
     V, D = shape.vocabulary, shape.hidden
     most = max(HEAD_CHUNK[device], pair, D if device == "cpu" else 0)
+    if device == "cpu" and size == 2 and most < rows <= most + 2 * D:
+        most = rows
     logits, gradient = min(rows, most) * V * (size if device == "cpu" else 4), V * D * (4 if size == 4 else 4 + size)
     if device == "cpu" and rows <= most:
         gradient = V * D * size

@@ -193,9 +193,11 @@ def test_head_never_holds_all_logits():
     assert longer - head == 2048 * 128256 * 4
 
 
-@pytest.mark.parametrize("rows, logits, gradient", [(4096, 4096 * 4032 * 2, 2), (8192, 4096 * 128256 * 2, 6)])
+@pytest.mark.parametrize(
+    "rows, logits, gradient", [(4096, 4096 * 4032 * 2, 2), (8192, 8192 * 128256 * 2, 2), (16384, 4096 * 128256 * 2, 6)]
+)
 def test_head_on_a_cpu(rows, logits, gradient):
-    """One chunk of at most D = 4096 rows lies in the gradient's memory; two need a sum in float32."""
+    """One chunk of at most D = 4096 rows lies in the gradient's memory, 3 D are one too; several need a float32 sum."""
     head = dpo_bytes(LLAMA3_8B, 2, "cpu", 1536, rows)
     tile = 4 * 2016 * (2 * 1024 + 2 * 4096)
     assert head == logits + 128256 * 4096 * gradient + rows * 4096 * 10 + tile

@@ -273,6 +273,15 @@ def test_memory_is_a_chunk_of_whole_pairs():
     assert chunks(1) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
     assert chunks(17) == [(0, 2), (2, 3), (3, 4), (4, 5)]
     assert chunks(82) == [(0, 5)]
+
+
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.float32, 1024), (torch.float64, 1024), (torch.bfloat16, 1024 + 2 * 576)], ids=str
+)
+def test_one_chunk_where_it_takes_no_more_memory(dtype, most):
+    for rows in (0, 1, 1024, 1025, most, most + 1):
+        found = module._chunk_on_a_cpu(torch.empty(rows, 576, dtype=dtype, device="meta"))
+        assert (found >= rows) == (rows <= most) and found >= 1024
     assert module._pair_chunks([0], 5) == []
 
 

@@ -60,10 +60,11 @@ def linear_weighted_dpo(
     Defined by reference.linear_weighted_dpo. Differentiable in hidden and weight through loss, under any upstream
     gradient; logp is for metrics and carries none.
 
-    Works on whole pairs, up to chunk_tokens rows at a time (2,048 on CUDA, on a CPU the larger of 1,024 and D; a longer
-    pair is a chunk of its own): logits, sums, loss, and, as each pair's coefficient is then known, the gradient over
-    the logits and its two products: 6NDV floating-point operations where recomputing takes 8NDV. Logits are plain
-    products: for a head with bias, scale or softcap take linear_logp + weighted_dpo.
+    Works on whole pairs, up to chunk_tokens rows at a time (2,048 on CUDA, on a CPU the larger of 1,024 and D, in half
+    precision all rows up to 2 D more; a longer pair is a chunk of its own): logits, sums, loss, and, as each pair's
+    coefficient is then known, the gradient over the logits and its two products: 6NDV floating-point operations where
+    recomputing takes 8NDV. Logits are plain products: for a head with bias, scale or softcap take linear_logp +
+    weighted_dpo.
 
     Memory is the two gradients and a chunk's logits: in float32 on CUDA, on a CPU in the dtype of the inputs, and in
     dweight's own memory where one chunk of at most D rows is all. During the forward half precision also needs a
@@ -98,8 +99,7 @@ def linear_weighted_dpo(
     if torch.is_grad_enabled() and (reference_logp.requires_grad or agreement.requires_grad):
         raise ValueError("reference_logp and agreement are constants of the loss: detach them")
     if chunk_tokens is None:
-        # with the torch body, of one chunk D rows need no room of their own
-        chunk_tokens = tiles.CHUNK_ROWS if hidden.is_cuda else max(CHUNK_ROWS, hidden.shape[1])
+        chunk_tokens = tiles.CHUNK_ROWS if hidden.is_cuda else _chunk_on_a_cpu(hidden)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
     agreement = agreement.expand(num_sequences // 2)
@@ -120,6 +120,14 @@ def linear_weighted_dpo(
     rows = linear_logp(hidden, weight, targets)
     logp = _sum_sequences(rows, _sequence_of_row(cu_seqlens, rows), num_sequences)
     return weighted_dpo(_margin(logp, reference_logp, beta), agreement), logp.detach()
+
+
+def _chunk_on_a_cpu(hidden: Tensor) -> int:  # (N, D)
+    """Of one chunk, D rows need no room of their own, and a dweight in half precision no float32 sum, in whose place
+    are 2 D more rows of logits."""
+    num_rows, D = hidden.shape
+    rows = max(CHUNK_ROWS, D)
+    return num_rows if hidden.dtype.itemsize == 2 and rows < num_rows <= rows + 2 * D else rows
 
 
 def _margin(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
