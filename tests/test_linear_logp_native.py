@@ -295,6 +295,42 @@ def test_fold_is_one_step_of_the_online_logsumexp(fold, forbidden):
     assert worst(found[4], left) < 3e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.7])
+def test_rows_that_are_only_read(fold, dtype, factor):
+    g = torch.Generator().manual_seed(5)
+    logits = (torch.randn(9, 4500, generator=g) * 4).to(dtype)
+    logits[3] = logits[3].sort().values  # its maximum moves in every piece
+    logits[:, 2048:4096] = -torch.inf  # a piece of nothing else
+    logits[5, 4400] = torch.nan
+    which = torch.tensor([[8, 0], [3, 0], [0, 0], [4, 0], [5, 0], [1, 0], [7, 0]])[:, 0]
+    targets = torch.tensor([0, 2047, 4096, 4499, 17, -100, 4500])
+    before = logits.clone()
+    for rows in (hemmed(logits), logits):
+        found = ours.read_rows(rows, which, targets, factor)
+        for n, (row, own) in enumerate(zip(which.tolist(), targets.tolist(), strict=True)):
+            z = factor * logits[row : row + 1].double()
+            inside = 0 <= own < 4500
+            maximum, others, target_logit, _ = statistics64(z, torch.tensor([own if inside else 0]))
+            if not inside:
+                maximum, others = z.amax(1), (z - z.amax(1)).exp().sum(1)
+            if row == 5:
+                assert found[0][n].isnan() and found[1][n].isnan()
+                continue
+            assert abs(found[0][n] - maximum) < 3e-6 and abs(found[1][n] - others) < 5e-6 * others
+            assert abs(found[2][n] - target_logit) < 3e-6 if inside else found[2][n].isnan()
+    assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7))
+    everything = ours.read_rows(logits, None, torch.arange(9), factor)
+    some = ours.read_rows(logits, which[:4], which[:4].contiguous(), factor)
+    assert all(x[which[:4]].equal(y) for x, y in zip(everything, some, strict=True))
+    try:
+        torch.set_num_threads(2)
+        again = ours.read_rows(logits, None, torch.arange(9), factor)
+    finally:
+        torch.set_num_threads(1)
+    assert all(x.nan_to_num(7).equal(y.nan_to_num(7)) for x, y in zip(everything, again, strict=True))
+
+
 def test_fold_without_a_moment_is_the_same(fold):
     x = torch.randn(9, 70, generator=torch.Generator().manual_seed(4))
     targets = torch.arange(9)
@@ -362,6 +398,7 @@ def test_reasons(monkeypatch):
     assert "meta" in ours.why_not(EMPTY.to("meta"), EMPTY.to("meta"))
     assert ours.why_not(EMPTY[:, :0], EMPTY[:, :0]) == "hidden has no columns"
     assert "torch.bfloat16" in ours.why_not_fold(EMPTY) and "torch.float32" in ours.why_not_scale(wide)
+    assert "torch.float64" in ours.why_not_read(wide.double()) and "dense" in ours.why_not_read(wide.T)
     monkeypatch.setattr(native, "load", lambda: None)
     monkeypatch.setattr(native, "why_not", lambda: "not built")
     assert ours.why_not(EMPTY, EMPTY) == ours.why_not_fold(wide) == ours.why_not_scale(EMPTY) == "not built"

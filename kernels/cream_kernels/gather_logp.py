@@ -2,15 +2,24 @@
 
 N tokens (rows), V vocabulary. Both bodies read the logits once in float32 and keep three numbers a row; backward reads
 the logits once more and writes their gradient. The torch body goes a few rows at a time, gather_logp_triton.py has one
-program a row. The algebra is that of linear_logp.py: the target stays out of the sum, so that a token the model is sure
-of keeps all its digits.
+program a row; on CPUs linear_logp_native.py's read_rows takes the place of torch's forward where it can. The algebra is
+that of linear_logp.py: the target stays out of the sum, so that a token the model is sure of keeps all its digits.
 """
 
 import torch
 from torch import Tensor
 
+from . import linear_logp_native as in_cpp
 from .linear_logp import NAMESPACE, check_targets, squash_of, triton_serves
-from .linear_logp_torch import Statistics, fold_tile_, rows_that_count, share_of_others, take_targets_, wide_dtype
+from .linear_logp_torch import (
+    Statistics,
+    fold_tile_,
+    rows_that_count,
+    scatter_rows,
+    share_of_others,
+    take_targets_,
+    wide_dtype,
+)
 from .reference import IGNORE
 
 
@@ -56,14 +65,15 @@ def _read(logits: Tensor, kept: Tensor | None, rows: slice, factor: float) -> Te
 def _forward(logits, targets, factor, inplace_backward):
     kept = rows_that_count(targets, logits.shape[1])
     columns = targets if kept is None else targets.index_select(0, kept)
-    results = [logits.new_zeros(logits.shape[0], dtype=wide_dtype(logits)) for _ in range(3)]
-    for rows in _row_blocks(columns.shape[0], logits.shape[1], logits.device):
-        statistics = Statistics.empty(rows.stop - rows.start, logits)
-        fold_tile_(_read(logits, kept, rows, factor), columns[rows], statistics)
-        logp, _ = statistics.finish()
-        for result, values in zip(results, (logp, statistics.maximum, statistics.others), strict=True):
-            result[rows if kept is None else kept[rows]] = values
-    return tuple(results)
+    if in_cpp.why_not_read(logits) is None:
+        statistics = Statistics(*in_cpp.read_rows(logits, kept, columns, factor), None)
+    else:
+        statistics = Statistics.empty(columns.shape[0], logits)
+        for rows in _row_blocks(columns.shape[0], logits.shape[1], logits.device):
+            fold_tile_(_read(logits, kept, rows, factor), columns[rows], statistics.of(rows))
+    logp, _ = statistics.finish()
+    found = logp, statistics.maximum, statistics.others
+    return tuple(scatter_rows(values, kept, logits.shape[0], values.dtype) for values in found)
 
 
 _gather_logp = torch.library.custom_op(

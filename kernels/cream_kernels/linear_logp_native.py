@@ -1,10 +1,10 @@
-"""linear_logp's pieces in C++ for CPUs: bfloat16 products that keep float32, and the passes over a tile in one.
+"""linear_logp's pieces in C++ for CPUs: bfloat16 products that keep float32, and the passes over logits in one.
 
 N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
-Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile), why_not_fold (AVX2: fold_tile_) or why_not_scale
-(AVX2: scale_rows) first. No result depends on the number of threads, which is torch's. Sources:
+Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile), why_not_fold, why_not_read or why_not_scale (AVX2:
+fold_tile_, read_rows, scale_rows) first. No result depends on the number of threads, which is torch's. Sources:
 kernels/csrc/{bf16_product,linear_logp,logits_tile,fold}.cpp.
 """
 
@@ -31,6 +31,13 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
 def why_not_fold(tile: Tensor) -> str | None:
     """The same for fold_tile_."""
     return _why_no_passes(tile, torch.float32)
+
+
+def why_not_read(logits: Tensor) -> str | None:
+    """The same for read_rows."""
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        return "the columns are not dense"
+    return _why_no_passes(logits, torch.float32 if logits.dtype == torch.float32 else torch.bfloat16)
 
 
 def why_not_scale(tile: Tensor) -> str | None:
@@ -150,6 +157,40 @@ def fold_tile_(
     )
     _check(done)
     return shrink
+
+
+def read_rows(
+    logits: Tensor,  # (N, V) float32 or bfloat16, columns dense
+    rows: Tensor | None,  # (n,) int64, which of them; None: all
+    targets: Tensor,  # (n,) int64
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # maximum, others, target_logit, all (n,) float32
+    """What statistics gives, of rows of factor * logits that are there: one pass over them that writes nothing.
+
+    Exponentials below 1e-38 are 0.
+    """
+    assert logits.stride(1) == 1 or logits.shape[1] == 1
+    targets, library = targets.contiguous(), native.load()
+    rows = None if rows is None else rows.contiguous()
+    maximum = logits.new_full((len(targets),), torch.finfo(torch.float32).min, dtype=torch.float32)
+    others, target_logit = torch.zeros_like(maximum), torch.full_like(maximum, torch.nan)
+    done = library.cream_read_rows(
+        logits.data_ptr(),
+        logits.dtype == torch.bfloat16,
+        logits.shape[1],
+        logits.stride(0),
+        None if rows is None else rows.data_ptr(),
+        len(targets),
+        targets.data_ptr(),
+        factor,
+        maximum.data_ptr(),
+        others.data_ptr(),
+        target_logit.data_ptr(),
+        torch.get_num_threads(),
+        library.cream_top_p_isa(),
+    )
+    _check(done)
+    return maximum, others, target_logit
 
 
 def scale_rows(

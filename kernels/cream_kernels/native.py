@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 5  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 6  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -129,6 +129,22 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,  # shrink
         ctypes.c_void_p,  # rounded or None
         ctypes.c_int64,  # its row stride
+        ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
+    ]
+    library.cream_read_rows.restype = ctypes.c_int
+    library.cream_read_rows.argtypes = [
+        ctypes.c_void_p,  # logits
+        ctypes.c_int,  # is_bf16
+        ctypes.c_int64,  # V
+        ctypes.c_int64,  # row stride
+        ctypes.c_void_p,  # rows or None
+        ctypes.c_int64,  # n
+        ctypes.c_void_p,  # targets
+        ctypes.c_double,  # factor
+        ctypes.c_void_p,  # maximum
+        ctypes.c_void_p,  # others
+        ctypes.c_void_p,  # target logit
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]

@@ -1,6 +1,6 @@
-// One step of the online logsumexp over a tile of float32 logits, in place or rounded to bfloat16 elsewhere; and what
-// such a tile's rows are scaled by once the whole is known.
-// Meaning: fold_tile_ and scale_rows in linear_logp_native.py.
+// One step of the online logsumexp over a tile of float32 logits, in place or rounded to bfloat16 elsewhere; all of its
+// steps over rows of logits that are only read; and what a tile's rows are scaled by once the whole is known.
+// Meaning: fold_tile_, read_rows and scale_rows in linear_logp_native.py.
 //
 // A row of a tile fits into the first level cache, so that its passes (maximum, exponentials and their sum)
 // cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for
@@ -113,14 +113,45 @@ typedef float Row(float*, uint16_t*, int64_t, int64_t, float&, float&, float&, f
 
 EACH_ISA(ROW, row)
 
+constexpr int64_t kPiece = 2048;  // logits of a row that are read at once: 8 KB of float32
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float wide;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+// All of a row of logits x * factor, piece by piece.
+template <typename T>
+INLINE void read_row(const T* x, int64_t c, int64_t own, float factor, float& maximum, float& others,
+                     float& target_logit) {
+  alignas(64) float piece[kPiece];
+  for (int64_t first = 0; first < c; first += kPiece) {
+    const int64_t count = c - first < kPiece ? c - first : kPiece;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) piece[i] = widen(x[first + i]) * factor;
+    fold_row(piece, nullptr, count, own - first, maximum, others, target_logit, nullptr);
+  }
+}
+
+typedef void Read(const void*, bool, int64_t, int64_t, int64_t, float, float&, float&, float&);
+
+#define READ(name, target)                                                                                       \
+  target void name(const void* x, bool is_bf16, int64_t at, int64_t c, int64_t own, float factor, float& maximum, \
+                   float& others, float& logit) {                                                                \
+    if (is_bf16)                                                                                                 \
+      read_row(static_cast<const uint16_t*>(x) + at, c, own, factor, maximum, others, logit);                    \
+    else                                                                                                         \
+      read_row(static_cast<const float*>(x) + at, c, own, factor, maximum, others, logit);                       \
+  }
+
+EACH_ISA(READ, read)
+
 INLINE void scale_row(const uint16_t* x, uint16_t* out, int64_t c, float scale) {
 #pragma omp simd
-  for (int64_t i = 0; i < c; ++i) {
-    const uint32_t bits = uint32_t(x[i]) << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    out[i] = to_bf16(wide * scale);
-  }
+  for (int64_t i = 0; i < c; ++i) out[i] = to_bf16(widen(x[i]) * scale);
 }
 
 typedef void Scale(const uint16_t*, uint16_t*, int64_t, float);
@@ -155,6 +186,31 @@ extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
   for (int64_t r = 0; r < n; ++r)
     shrink[r] = row(tile + r * stride, rounded ? rounded + r * rounded_stride : nullptr, c, columns[r], maximum[r],
                     others[r], target_logit[r], moment ? moment + r : nullptr);
+  return 0;
+}
+
+// Returns 0, or -1 for an isa that is not there.
+extern "C" __attribute__((visibility("default"))) int cream_read_rows(
+    const void* logits,  // (N, V) float32 or bfloat16, rows stride elements apart, columns dense
+    int is_bf16,
+    int64_t V,
+    int64_t stride,
+    const int64_t* rows,  // (n,) which of them, or null: the first n
+    int64_t n,
+    const int64_t* targets,  // (n,)
+    double factor,           // of the logits
+    float* maximum,       // (n,) in and out, as the next two: see cream_fold_tile
+    float* others,        // (n,)
+    float* target_logit,  // (n,)
+    int threads,
+    int isa
+) {
+  Read* read = FOR_ISA(read, isa);
+  if (!read) return -1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < n; ++r)
+    read(logits, is_bf16, (rows ? rows[r] : r) * stride, V, targets[r], float(factor), maximum[r], others[r],
+         target_logit[r]);
   return 0;
 }
 

@@ -236,7 +236,7 @@ EACH_ISA(ROW, row)
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int cream_native_abi() { return 5; }  // native.py refuses a library of another number
+EXPORT int cream_native_abi() { return 6; }  // native.py refuses a library of another number
 
 EXPORT int cream_top_p_isa() {
   for (int isa : {2, 1})
