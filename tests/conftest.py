@@ -19,6 +19,14 @@ CHATML = (
 )
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "first: starts processes that take minutes, and so should run beside the others")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

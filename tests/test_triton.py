@@ -25,7 +25,7 @@ def start(log, *command, **environment):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     """Interpreting and compiling, side by side: name -> (process, what it says)."""
     pytest.importorskip("triton")
@@ -42,6 +42,11 @@ def processes(tmp_path_factory):
     yield {name: (process, logs[name]) for name, process in started.items()}
     for process in started.values():
         process.kill()
+
+
+@pytest.mark.first
+def test_both_start(processes):
+    assert all(process.poll() in (None, 0) for process, _ in processes.values())
 
 
 def test_kernels_under_the_interpreter(processes):
