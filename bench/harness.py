@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench import options
+
 RESULTS = Path(__file__).parent / "results"
 SLOW = 5  # times as slow as the first, cream, and over a tenth of the budget: one timed call has to do
 FLUSH_BYTES = 2**28  # more than the L2 cache of any card
@@ -269,7 +271,9 @@ def run(
                 peaks[i][impl] = mib
             print(f"  memory of {impl}: {', '.join('-' if mib is None else f'{mib:.0f}' for mib in found)} MiB")
     rows = []
-    for spec, memory in zip(specs, peaks, strict=True):
+    for done, (spec, memory) in enumerate(zip(specs, peaks, strict=True)):
+        if done and options.is_over(args, len(specs) - done):
+            break
         asked = None if args.peers is None else [*dict.fromkeys(["cream", *args.peers, "eager"])]
         found = measure(make(**spec, device=args.device, names=asked), args, memory)
         record(name, found, args.results)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, help="turns at most")
     p.add_argument("--budget", type=float, help="seconds of turns a case, three turns at least")
     p.add_argument("--no-memory", dest="memory", action="store_false", help="no peaks (on a CPU they need processes)")
+    p.add_argument("--until", type=float, default=math.inf, help="seconds since 1970 after which no case begins")
     p.add_argument("--results", type=Path, help="folder for the rows; default: bench/results")
     return p
 
@@ -59,6 +62,14 @@ def resolve_models(args: argparse.Namespace, dtypes: Sequence[str]) -> argparse.
     args.repeats = turns or (1 if quick else 3)
     args.dtypes = asked or (["bfloat16"] if args.size == "full" else [*dtypes][: 1 if quick else None])
     return args
+
+
+def is_over(args: argparse.Namespace, left: int) -> bool:
+    """Whether no case should begin any more; says how many are left out then."""
+    over = time.time() > args.until
+    if over:
+        print(f"  out of time: {left} case{'' if left == 1 else 's'} left out (--until inf measures all)", flush=True)
+    return over
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,6 +6,7 @@ implementations take turns, so that whatever else the machine does falls on all 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -75,16 +76,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     turns = args.repeats or 15
     options.resolve(args)
     counts, V = args.rows or SIZES[args.size][0], args.vocabulary or SIZES[args.size][1]
-    rows = []
-    for N in counts:
-        for dtype in args.dtypes:
-            logits, uniform = like_a_language_model(N, V, getattr(torch, dtype), args.device)
-            run = implementations(logits, uniform)
-            check(logits, uniform, run)
-            for name, ms in harness.interleave(run, turns, args.device).items():
-                row = harness.facts(args.device) | {"shape": [N, V], "dtype": dtype, "impl": name}
-                rows.append(row | harness.spread(ms) | {"repeats": turns})
-                print(f"  {tables.line(rows[-1])}")
+    rows, cases = [], list(itertools.product(counts, args.dtypes))
+    for done, (N, dtype) in enumerate(cases):
+        if done and options.is_over(args, len(cases) - done):
+            break
+        logits, uniform = like_a_language_model(N, V, getattr(torch, dtype), args.device)
+        run = implementations(logits, uniform)
+        check(logits, uniform, run)
+        for name, ms in harness.interleave(run, turns, args.device).items():
+            row = harness.facts(args.device) | {"shape": [N, V], "dtype": dtype, "impl": name}
+            rows.append(row | harness.spread(ms) | {"repeats": turns})
+            print(f"  {tables.line(rows[-1])}")
     harness.record("top_p", rows, args.results)
     tables.show("top_p", rows, args.results, __doc__)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import __main__ as bench_all
 from bench import (
     gather_logp,
     harness,
@@ -219,6 +222,36 @@ def test_a_tiny_run(main, name, argv, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "orrectness first" in printed or harness.PROTOCOL in printed
     assert printed.count("-----") and all(f" {found['impl']} " in printed for found in rows)
+
+
+@pytest.mark.parametrize("main, name", [(gather_logp.main, "gather_logp"), (top_p.main, "top_p")])
+def test_no_case_begins_after_the_end(main, name, tmp_path, capsys):
+    given = ["--tiny", "--no-memory", "--device", "cpu", "--results", str(tmp_path)]
+    main([*given, "--until", "0"])
+    (shape,) = {(*found["shape"], found["dtype"], found.get("mode")) for found in harness.read(name, tmp_path)}
+    assert shape[2] == "float32" and " left out (--until inf measures all)" in capsys.readouterr().out
+    main([*given, "--until", "inf"])
+    assert len({found["dtype"] for found in harness.read(name, tmp_path)}) == 2
+
+
+def test_all_benchmarks_share_the_time(monkeypatch):
+    def until(*given):
+        commands = []
+        monkeypatch.setattr(sys, "argv", ["bench", *given])
+        monkeypatch.setattr(bench_all.subprocess, "run", lambda command: commands.append(command) or Done())
+        bench_all.main()
+        assert [command[2] for command in commands] == [f"bench.{name}" for name in bench_all.ALL]
+        assert all(command[3 : 3 + len(given)] == [*given] for command in commands)
+        return [float(command[-1]) - time.time() for command in commands if command[-2] == "--until"]
+
+    class Done:
+        returncode = 0
+
+    for size, seconds in (("--small", 300), ("--full", 480)):
+        ends = until(size)
+        assert len(ends) == 5 and ends == sorted(ends) and 0 < ends[0] and ends[-1] < 0.7 * seconds
+    assert until("--tiny") == []
+    assert until("--small", "--until", "inf") == [math.inf] * len(bench_all.ALL)
 
 
 def test_unknown_names_stop(tmp_path):

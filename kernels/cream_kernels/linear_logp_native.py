@@ -62,6 +62,7 @@ def statistics(
     factor: float = 1.0,
     ceiling: float = 0.0,  # 0: none
     want_moment: bool = False,
+    isa: int | None = None,  # 1 AVX512-BF16, 2 AMX; None: the best that is there
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # maximum, others, target_logit, moment, all (N,) float32
     """What linear_logp keeps of the logits, which are float32 sums and never stored.
 
@@ -92,7 +93,7 @@ def statistics(
         *(result.data_ptr() for result in results),
         *([] if want_moment else [None]),
         torch.get_num_threads(),
-        library.cream_bf16_isa(),
+        library.cream_bf16_isa() if isa is None else isa,
     )
     _check(done)
     return tuple(results) if want_moment else (*results, None)
@@ -102,6 +103,7 @@ def logits_tile(
     hidden: Tensor,  # (n, D) bfloat16, any strides
     weight: Tensor,  # (c, D) bfloat16
     out: Tensor,  # (n, c) float32, columns dense
+    isa: int | None = None,  # as in statistics
 ) -> Tensor:  # out
     """hidden @ weight.T, summed and kept in float32, which torch has not on CPUs."""
     assert out.dtype == torch.float32 and (out.stride(1) == 1 or out.shape[1] == 1)
@@ -117,7 +119,7 @@ def logits_tile(
         out.data_ptr(),
         out.stride(0),
         torch.get_num_threads(),
-        library.cream_bf16_isa(),
+        library.cream_bf16_isa() if isa is None else isa,
     )
     _check(done)
     return out
