@@ -16,7 +16,7 @@ from bench import options
 MINUTES = {"small": 5, "full": 8}
 MODELS = ("score", "sample", "step")
 # Where in the time that they leave a benchmark of kernels stops beginning cases.
-KERNELS = {"kendall": 0.15, "top_p": 0.25, "gather_logp": 0.45, "linear_logp": 0.65, "weighted_dpo": 0.85}
+KERNELS = {"kendall": 0.12, "top_p": 0.2, "gather_logp": 0.35, "linear_logp": 0.5, "weighted_dpo": 0.65}
 
 
 def passes(name: str, *arguments: str) -> bool:
