@@ -331,6 +331,49 @@ def test_rows_that_are_only_read(fold, dtype, factor):
     assert all(x.nan_to_num(7).equal(y.nan_to_num(7)) for x, y in zip(everything, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.7])
+def test_gradient_of_rows_that_were_read(fold, dtype, factor):
+    g = torch.Generator().manual_seed(7)
+    logits = (torch.randn(9, 300, generator=g) * 4).to(dtype)
+    logits[3, 40:90] = -torch.inf
+    logits[4, 17] = 100.0  # a sure target, above the maximum of the others
+    logits[5, 299] = torch.nan
+    logits[7] = -torch.inf
+    which = torch.tensor([[8, 0], [3, 0], [0, 0], [4, 0], [5, 0], [1, 0], [7, 0]])[:, 0]
+    targets = torch.tensor([0, 40, 299, 17, 17, 300, 2])
+    maximum, others, _ = ours.read_rows(logits, which, targets, factor)
+    at_others, at_target = torch.randn(2, 7, generator=g)
+    exact = at_others[:, None].double() * (factor * logits[which].double() - maximum[:, None].double()).exp()
+    own = (targets < 300).nonzero()[:, 0]
+    exact[own, targets[own]] = at_target[own].double()
+    wide = torch.full((11, 305), 7.0, dtype=dtype)
+    frame = wide[1:-1, 2:-3]
+    ours.write_gradient(hemmed(logits), which, targets, factor, maximum, at_others, at_target, frame)
+    assert frame[4, 17] == at_target[3].to(dtype)
+    assert frame[7].count_nonzero() == 1 and frame[7, 2] == at_target[6].to(dtype)
+    assert (frame[which[4]].isnan() == exact[4].isnan()).all() and frame[5, 16].isnan()
+    finite = [0, 1, 2, 3, 5, 6]
+    error = (frame[which[finite]].double() - exact[finite]).abs()
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert (error <= (rounding + 5e-6) * exact[finite].abs() + 1e-37).all()
+    wide[1 + which, 2:-3], written = 7.0, frame[which]
+    assert (wide == 7).all()
+    inside = logits.clone()
+    try:
+        torch.set_num_threads(2)
+        ours.write_gradient(inside, which, targets, factor, maximum, at_others, at_target, inside)
+    finally:
+        torch.set_num_threads(1)
+    assert inside[which].nan_to_num(9).equal(written.nan_to_num(9))
+    assert inside[[2, 6]].equal(logits[[2, 6]])
+    everything = torch.empty_like(logits)
+    values = torch.empty(3, 9).index_copy_(1, which, torch.stack([maximum, at_others, at_target]))
+    all_targets = torch.zeros(9, dtype=torch.int64).index_copy_(0, which, targets)
+    ours.write_gradient(logits, None, all_targets, factor, *values, everything)
+    assert everything[which].nan_to_num(9).equal(written.nan_to_num(9))
+
+
 def test_fold_without_a_moment_is_the_same(fold):
     x = torch.randn(9, 70, generator=torch.Generator().manual_seed(4))
     targets = torch.arange(9)

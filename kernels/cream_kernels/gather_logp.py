@@ -2,8 +2,9 @@
 
 N tokens (rows), V vocabulary. Both bodies read the logits once in float32 and keep three numbers a row; backward reads
 the logits once more and writes their gradient. The torch body goes a few rows at a time, gather_logp_triton.py has one
-program a row; on CPUs linear_logp_native.py's read_rows takes the place of torch's forward where it can. The algebra is
-that of linear_logp.py: the target stays out of the sum, so that a token the model is sure of keeps all its digits.
+program a row; on CPUs linear_logp_native.py's read_rows and write_gradient take the place of torch's passes where they
+can. The algebra is that of linear_logp.py: the target stays out of the sum, so that a token the model is sure of keeps
+all its digits.
 """
 
 import torch
@@ -110,6 +111,8 @@ def _write_gradient(out, grad, logits, targets, logp, maximum, others, factor):
         out.index_fill_(0, (targets == IGNORE).nonzero()[:, 0], 0.0)
     columns, grad, logp, maximum, others = values
     at_others, at_target = -grad * share_of_others(logp, others), -grad * torch.expm1(logp)
+    if in_cpp.why_not_read(logits) is None:
+        return in_cpp.write_gradient(logits, kept, columns, factor, maximum, at_others, at_target, out)
     for rows in _row_blocks(columns.shape[0], logits.shape[1], logits.device):
         block = _read(logits, kept, rows, factor)
         take_targets_(block, columns[rows])

@@ -4,8 +4,8 @@ N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. Th
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
 Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile), why_not_fold, why_not_read or why_not_scale (AVX2:
-fold_tile_, read_rows, scale_rows) first. No result depends on the number of threads, which is torch's. Sources:
-kernels/csrc/{bf16_product,linear_logp,logits_tile,fold}.cpp.
+fold_tile_, read_rows and write_gradient, scale_rows) first. No result depends on the number of threads, which is
+torch's. Sources: kernels/csrc/{bf16_product,linear_logp,logits_tile,fold}.cpp.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def why_not_fold(tile: Tensor) -> str | None:
 
 
 def why_not_read(logits: Tensor) -> str | None:
-    """The same for read_rows."""
+    """The same for read_rows and write_gradient."""
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         return "the columns are not dense"
     return _why_no_passes(logits, torch.float32 if logits.dtype == torch.float32 else torch.bfloat16)
@@ -193,6 +193,41 @@ def read_rows(
     )
     _check(done)
     return maximum, others, target_logit
+
+
+def write_gradient(
+    logits: Tensor,  # (N, V) float32 or bfloat16, columns dense
+    rows: Tensor | None,  # (n,) int64, which of them; None: all
+    targets: Tensor,  # (n,) int64
+    factor: float,
+    maximum: Tensor,  # (n,) float32, as the next two; what read_rows gave
+    at_others: Tensor,  # (n,) gradient of a token over its exp(factor * logit - maximum)
+    at_target: Tensor,  # (n,) gradient of the target
+    out: Tensor,  # (N, V) of the logits' dtype, columns dense, may be logits: these rows are written, rounded once
+) -> None:
+    """The gradient of rows of logits in one pass over them. Exponentials below 1e-38 are 0."""
+    assert all(x.stride(1) == 1 or x.shape[1] == 1 for x in (logits, out))
+    assert out.dtype == logits.dtype and out.shape == logits.shape
+    targets, rows = targets.contiguous(), None if rows is None else rows.contiguous()
+    kept = [values.contiguous() for values in (maximum, at_others, at_target)]
+    assert all(values.dtype == torch.float32 for values in kept)
+    library = native.load()
+    done = library.cream_write_gradient(
+        logits.data_ptr(),
+        logits.dtype == torch.bfloat16,
+        logits.shape[1],
+        logits.stride(0),
+        None if rows is None else rows.data_ptr(),
+        len(targets),
+        targets.data_ptr(),
+        factor,
+        *(values.data_ptr() for values in kept),
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+        library.cream_top_p_isa(),
+    )
+    _check(done)
 
 
 def scale_rows(

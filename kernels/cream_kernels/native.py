@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 6  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 7  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -145,6 +145,24 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,  # maximum
         ctypes.c_void_p,  # others
         ctypes.c_void_p,  # target logit
+        ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
+    ]
+    library.cream_write_gradient.restype = ctypes.c_int
+    library.cream_write_gradient.argtypes = [
+        ctypes.c_void_p,  # logits
+        ctypes.c_int,  # is_bf16
+        ctypes.c_int64,  # V
+        ctypes.c_int64,  # row stride
+        ctypes.c_void_p,  # rows or None
+        ctypes.c_int64,  # n
+        ctypes.c_void_p,  # targets
+        ctypes.c_double,  # factor
+        ctypes.c_void_p,  # maximum
+        ctypes.c_void_p,  # at_others
+        ctypes.c_void_p,  # at_target
+        ctypes.c_void_p,  # out
+        ctypes.c_int64,  # its row stride
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]

@@ -16,8 +16,7 @@
 #include <vector>
 
 #include "isa.h"
-
-#define INLINE inline __attribute__((always_inline))
+#include "scalars.h"
 
 namespace {
 
@@ -34,20 +33,6 @@ struct Problem {
   int64_t A, H, K, U, E;
   float scale;  // log2(e) / sqrt(E), or whatever stands there
 };
-
-INLINE float to_float(float x) { return x; }
-INLINE float to_float(uint16_t bf16) {
-  uint32_t bits = uint32_t(bf16) << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-INLINE void from_float(float x, float& out) { out = x; }
-INLINE void from_float(float x, uint16_t& out) {  // to nearest, ties to even; a NaN stays one
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  out = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // 2^y for y <= 0, and 0 below the normal numbers; relative error 1e-7. A NaN stays one.
 INLINE float exp2_nonpositive(float y) {
@@ -171,8 +156,6 @@ typedef void Body(const Problem&, int is_bf16, int64_t, int64_t, Scratch&);
 EACH_ISA(BODY, body)
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Returns 0, or -1 for an isa that is not there, or -2 without memory.
 EXPORT int cream_decode_attention(

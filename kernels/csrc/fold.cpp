@@ -1,6 +1,6 @@
 // One step of the online logsumexp over a tile of float32 logits, in place or rounded to bfloat16 elsewhere; all of its
-// steps over rows of logits that are only read; and what a tile's rows are scaled by once the whole is known.
-// Meaning: fold_tile_, read_rows and scale_rows in linear_logp_native.py.
+// steps over rows of logits that are only read, and the gradient of those; and what a tile's rows are scaled by once the
+// whole is known. Meaning: fold_tile_, read_rows, write_gradient and scale_rows in linear_logp_native.py.
 //
 // A row of a tile fits into the first level cache, so that its passes (maximum, exponentials and their sum)
 // cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for
@@ -12,26 +12,11 @@
 #include <limits>
 
 #include "isa.h"
-
-#define INLINE inline __attribute__((always_inline))
+#include "scalars.h"
 
 namespace {
 
 constexpr float kLeast = -87.0f;  // exp below it is taken for 0: the end of float32's normal numbers
-
-// The bits of a float as an integer that compares like it. Clang does not vectorise a maximum of floats without
-// -ffast-math.
-INLINE int32_t ordered(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-INLINE float from_ordered(int32_t key) {
-  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 
 // exp(x), x <= 0; relative error 1e-7. A NaN comes out as one.
 INLINE float exp_nonpositive(float x) {
@@ -50,14 +35,6 @@ INLINE float exp_nonpositive(float x) {
   float power;
   memcpy(&power, &bits, 4);
   return gone ? 0.0f : (p * x * x + x) * power + power;
-}
-
-// The nearest bfloat16, ties to even; a NaN stays one.
-INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
 }
 
 // x (c,) logits become exp(logit - maximum), in rounded too if it is not null; returns what the earlier tiles' sums
@@ -94,7 +71,7 @@ INLINE float fold_row(float* x, uint16_t* rounded, int64_t c, int64_t own, float
   }
   if (rounded) {
 #pragma omp simd
-    for (int64_t i = 0; i < c; ++i) rounded[i] = to_bf16(x[i]);
+    for (int64_t i = 0; i < c; ++i) from_float(x[i], rounded[i]);
   }
   const float fall = maximum - top, shrink = exp_nonpositive(fall);
   if (moment) *moment = shrink * (*moment + (fall < kLeast ? kLeast : fall) * others) + first_moment;
@@ -115,14 +92,6 @@ EACH_ISA(ROW, row)
 
 constexpr int64_t kPiece = 2048;  // logits of a row that are read at once: 8 KB of float32
 
-INLINE float widen(float x) { return x; }
-INLINE float widen(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float wide;
-  memcpy(&wide, &bits, 4);
-  return wide;
-}
-
 // All of a row of logits x * factor, piece by piece.
 template <typename T>
 INLINE void read_row(const T* x, int64_t c, int64_t own, float factor, float& maximum, float& others,
@@ -131,7 +100,7 @@ INLINE void read_row(const T* x, int64_t c, int64_t own, float factor, float& ma
   for (int64_t first = 0; first < c; first += kPiece) {
     const int64_t count = c - first < kPiece ? c - first : kPiece;
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) piece[i] = widen(x[first + i]) * factor;
+    for (int64_t i = 0; i < count; ++i) piece[i] = to_float(x[first + i]) * factor;
     fold_row(piece, nullptr, count, own - first, maximum, others, target_logit, nullptr);
   }
 }
@@ -149,9 +118,36 @@ typedef void Read(const void*, bool, int64_t, int64_t, int64_t, float, float&, f
 
 EACH_ISA(READ, read)
 
+// The gradient of a row of logits x * factor, into out, which may be x.
+template <typename T>
+INLINE void gradient_row(const T* x, T* out, int64_t c, int64_t own, float factor, float maximum, float at_others,
+                         float at_target) {
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const float d = to_float(x[i]) * factor - maximum;  // the target's alone may be above 0
+    from_float(exp_nonpositive(d > 0 ? 0.0f : d) * at_others, out[i]);
+  }
+  if (uint64_t(own) < uint64_t(c)) from_float(at_target, out[own]);
+}
+
+typedef void Gradient(const void*, void*, bool, int64_t, int64_t, int64_t, int64_t, float, float, float, float);
+
+#define GRADIENT(name, target)                                                                                     \
+  target void name(const void* x, void* out, bool is_bf16, int64_t at, int64_t out_at, int64_t c, int64_t own,     \
+                   float factor, float maximum, float at_others, float at_target) {                                \
+    if (is_bf16)                                                                                                   \
+      gradient_row(static_cast<const uint16_t*>(x) + at, static_cast<uint16_t*>(out) + out_at, c, own, factor,     \
+                   maximum, at_others, at_target);                                                                 \
+    else                                                                                                           \
+      gradient_row(static_cast<const float*>(x) + at, static_cast<float*>(out) + out_at, c, own, factor, maximum, \
+                   at_others, at_target);                                                                          \
+  }
+
+EACH_ISA(GRADIENT, gradient)
+
 INLINE void scale_row(const uint16_t* x, uint16_t* out, int64_t c, float scale) {
 #pragma omp simd
-  for (int64_t i = 0; i < c; ++i) out[i] = to_bf16(widen(x[i]) * scale);
+  for (int64_t i = 0; i < c; ++i) from_float(to_float(x[i]) * scale, out[i]);
 }
 
 typedef void Scale(const uint16_t*, uint16_t*, int64_t, float);
@@ -164,7 +160,7 @@ EACH_ISA(SCALE, scaled)
 }  // namespace
 
 // Returns 0, or -1 for an isa that is not there.
-extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
+EXPORT int cream_fold_tile(
     float* tile,  // (n, c) logits, rows stride elements apart, columns dense; exp(logit - maximum) out
     int64_t n,
     int64_t c,
@@ -190,7 +186,7 @@ extern "C" __attribute__((visibility("default"))) int cream_fold_tile(
 }
 
 // Returns 0, or -1 for an isa that is not there.
-extern "C" __attribute__((visibility("default"))) int cream_read_rows(
+EXPORT int cream_read_rows(
     const void* logits,  // (N, V) float32 or bfloat16, rows stride elements apart, columns dense
     int is_bf16,
     int64_t V,
@@ -215,7 +211,36 @@ extern "C" __attribute__((visibility("default"))) int cream_read_rows(
 }
 
 // Returns 0, or -1 for an isa that is not there.
-extern "C" __attribute__((visibility("default"))) int cream_scale_rows(
+EXPORT int cream_write_gradient(
+    const void* logits,  // (N, V), as in cream_read_rows, as the next five
+    int is_bf16,
+    int64_t V,
+    int64_t stride,
+    const int64_t* rows,
+    int64_t n,
+    const int64_t* targets,  // (n,)
+    double factor,
+    const float* maximum,    // (n,), as the next two
+    const float* at_others,  // of exp(logit - maximum)
+    const float* at_target,  // the gradient itself
+    void* out,               // (N, V), of which the rows asked for are written; may be the logits
+    int64_t out_stride,
+    int threads,
+    int isa
+) {
+  Gradient* gradient = FOR_ISA(gradient, isa);
+  if (!gradient) return -1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t row = rows ? rows[r] : r;
+    gradient(logits, out, is_bf16, row * stride, row * out_stride, V, targets[r], float(factor), maximum[r],
+             at_others[r], at_target[r]);
+  }
+  return 0;
+}
+
+// Returns 0, or -1 for an isa that is not there.
+EXPORT int cream_scale_rows(
     const uint16_t* tile,  // (n, c) bfloat16, rows stride elements apart, columns dense
     int64_t n,
     int64_t c,

@@ -17,8 +17,7 @@
 #include <vector>
 
 #include "isa.h"
-
-#define INLINE inline __attribute__((always_inline))
+#include "scalars.h"
 
 namespace {
 
@@ -34,28 +33,7 @@ struct Scratch {
   std::vector<uint32_t> keys;            // their logits' bits, in an order that unsigned comparison respects
 };
 
-INLINE float to_float(float x) { return x; }
-INLINE float to_float(uint16_t bf16) {
-  uint32_t bits = uint32_t(bf16) << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
-// The bits of a float as an integer that compares like the float.
-INLINE int32_t ordered(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-INLINE float from_ordered(int32_t key) {
-  const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
-// The same for unsigned comparison, and one key for -0 and +0, which are the same logit.
+// `ordered` for unsigned comparison, and one key for -0 and +0, which are the same logit.
 INLINE uint32_t order_key(float x) { return uint32_t(ordered(x + 0.0f)) ^ 0x80000000u; }
 
 // 2^y for y <= 0, and 0 below the normal numbers and for NaN; relative error 1e-7.
@@ -234,9 +212,7 @@ EACH_ISA(ROW, row)
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT int cream_native_abi() { return 6; }  // native.py refuses a library of another number
+EXPORT int cream_native_abi() { return 7; }  // native.py refuses a library of another number
 
 EXPORT int cream_top_p_isa() {
   for (int isa : {2, 1})
