@@ -27,6 +27,7 @@ from torch import Tensor
 from bench import options
 
 RESULTS = Path(__file__).parent / "results"
+CPUINFO = Path("/proc/cpuinfo")
 SLOW = 5  # times as slow as the first, cream, and over a tenth of the budget: one timed call has to do
 FLUSH_BYTES = 2**28  # more than the L2 cache of any card
 FEWEST_REPEATS = 3
@@ -65,12 +66,15 @@ class Case:
 
 
 def device_name(device: str) -> str:
-    """The card's name, or the processor's."""
+    """The card's name, or the processor's with family and model: a virtual machine's name says little."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
-    return models[0] if models else platform.machine()
+    first = CPUINFO.read_text().split("\n\n")[0] if CPUINFO.exists() else ""
+    known = dict(re.findall(r"^(.+?)\s*: (.+)", first, re.M))
+    if "model name" not in known:
+        return platform.machine()
+    number = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
+    return known["model name"] + number
 
 
 def commit() -> str | None:

@@ -100,6 +100,16 @@ def test_a_peer_that_raises_gets_no_row_and_ours_may_not(capsys):
         harness.measure(found, arguments(), {})
 
 
+def test_a_processor_has_a_number_beside_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "CPUINFO", tmp_path / "cpuinfo")
+    assert harness.device_name("cpu") == harness.platform.machine()
+    one = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 207\nmodel name\t: Xeon: 2 GHz\nbugs\t\t:\n"
+    harness.CPUINFO.write_text(f"{one}\n{one.replace('207', '8')}\n")
+    assert harness.device_name("cpu") == "Xeon: 2 GHz (family 6, model 207)"
+    harness.CPUINFO.write_text("processor\t: 0\nmodel name\t: Cortex\n")
+    assert harness.device_name("cpu") == "Cortex"
+
+
 def test_a_row_holds_what_it_takes_to_believe_it():
     found = case(cream=1.0, eager=1.0)
     found.limits_ms["bytes"], found.versions["cream"], found.scale["eager"] = 1e-6, "cream-trainer 1", 10.0
