@@ -1,6 +1,6 @@
-"""Time the native head's pieces against the torch they replace: python -m bench.native
+"""Time the native pieces against the torch they replace: python -m bench.native
 
-bfloat16 models; N rows, D hidden size, V vocabulary. Nothing is timed before it was held to float64, and each row says
+N rows, D hidden size, V vocabulary. Nothing is timed before it was held to float64, and each row says
 how far off it was. Where the processor has AMX, AVX512-BF16 is timed beside it.
 """
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import harness
-from cream_kernels import decode_attention, linear_logp, native, reference
+from cream_kernels import decode_attention, gather_logp, linear_logp, native, reference
 from cream_kernels import linear_logp_native as ours
 from cream_kernels.decode_attention import decode_attention_torch, visible_columns
 
 MODELS = {"SmolLM2-135M": (576, 49152), "Llama-2-7B": (4096, 32000)}  # D, V
 TILE = 512, 1024  # rows, vocabulary
+VOCABULARY = 32000  # of logits that are there
 SAMPLE = 64  # rows of a whole head that are held to float64
 LOGITS_ONLY = "bf16 logits only"
 AVX512 = "native AVX512-BF16"
@@ -52,8 +53,12 @@ def score_native(hidden: Tensor, weight: Tensor, targets: Tensor, isa: int | Non
     return functional.logsigmoid(target_logit - maximum - others.log())
 
 
+def without_library() -> mock._patch:
+    return mock.patch.object(native, "_decide", lambda: (None, "left out"))
+
+
 def score_torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    with torch.no_grad(), mock.patch.object(native, "_decide", lambda: (None, "left out")):
+    with torch.no_grad(), without_library():
         return linear_logp(hidden, weight, targets)
 
 
@@ -130,6 +135,24 @@ def scale_of_a_tile(n: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
     return tile.double() * scale.double()[:, None], {"native": in_cpp, "cream torch": in_torch}
 
 
+def rows_of_logits(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Callable]]:
+    """gather_logp's two passes: over logits that are only read, then over the same to write their gradient."""
+    g = torch.Generator().manual_seed(5)
+    logits, targets = (torch.randn(N, V, generator=g) * 3).to(dtype), torch.randint(V, (N,), generator=g)
+
+    def run() -> Tensor:
+        given = logits.detach().requires_grad_()
+        return torch.autograd.grad(gather_logp(given, targets).sum(), given)[0]
+
+    def in_torch() -> Tensor:
+        with without_library():
+            return run()
+
+    truth = -logits.double().softmax(1)
+    truth[torch.arange(N), targets] += 1
+    return truth, {"native": run, "cream torch": in_torch}
+
+
 def decoding(A: int, U: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Callable]]:
     """One layer's attention of SmolLM2-135M for A new tokens, five answers to a prompt, over U columns in use."""
     H, K, E, R = 9, 3, 64, 5
@@ -172,6 +195,8 @@ def main() -> None:
     pieces = [("fold tile", [n, c], partial(fold_of_a_tile, n, c))]
     pieces += [("scale rows of a tile", [n, c], partial(scale_of_a_tile, n, c))]
     for name in ("float32", "bfloat16"):
+        of_logits = partial(rows_of_logits, n, VOCABULARY, getattr(torch, name))
+        pieces.append((f"gather_logp and gradient, {name}", [n, VOCABULARY], of_logits))
         pieces.append((f"decode attention, {name}", [160, 150], partial(decoding, 160, 150, getattr(torch, name))))
     for model in args.models:
         D, V = MODELS[model]

@@ -1,8 +1,9 @@
-"""Write the README's tables and the plots from bench/results: python -m bench.report [--check]
+"""Write the README's tables, bench/results/README.md and the plots from bench/results: python -m bench.report [--check]
 
-A block between `<!-- bench:NAME -->` and `<!-- /bench -->` holds the newest row of each implementation in each case of
-bench/results/NAME.jsonl; it is empty where there is no such file. --check changes nothing and exits with 1 where README
-or plots differ from the rows.
+Of each case of bench/results/NAME.jsonl the newest row of each implementation counts. In the README a block between
+`<!-- bench:NAME -->` and `<!-- /bench -->` holds ours beside the fastest peer, or every row where none is ours, and the
+plot of the device that was measured last; it is empty where there is no such file. bench/results/README.md has every
+row and plot. --check changes nothing and exits with 1 where something differs from the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from pathlib import Path
 from bench import harness, tables
 
 README = Path(__file__).parents[1] / "README.md"
+PAGE = """\
+# Every row
+
+Written by `python -m bench.report` from the files in this folder: of each implementation in each case the newest row. A
+cell is the median time; where it was measured, the share of the limit (bare matrix products, or the bytes that must
+move) and the memory at the peak beyond inputs and the weight's own gradient.
+"""
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.S)
 
 
@@ -27,13 +35,33 @@ def rewrite(text: str, results: Path) -> str:
         rows = harness.read(name, results)
         if not rows:
             return opening + closing
+        shown = tables.summary(rows) if any(map(tables.is_ours, rows)) else tables.markdown(rows)
         drawings = tables.drawings(name, rows)
-        images = "\n".join(f"![{name} on {d[0]['device']}](bench/plots/{file})" for file, d in drawings.items())
-        dates = sorted(row["date"][:10] for row in tables.newest(rows))
-        span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        return f"{opening}\n{tables.markdown(rows)}\n\n`python -m bench.{name}`, {span}\n\n{images}\n\n{closing}"
+        last = max(drawings, key=lambda file: max(row["date"] for row in drawings[file]))
+        images = pictures(name, {last: drawings[last]}, "bench/plots")
+        return f"{opening}\n{shown}\n\n{source(name, rows)}\n\n{images}\n\n{closing}"
 
     return BLOCK.sub(block, text)
+
+
+def page(results: Path) -> str:
+    """The text of bench/results/README.md."""
+    parts = [PAGE]
+    for path in sorted(results.glob("*.jsonl")):
+        rows = harness.read(path.stem, results)
+        images = pictures(path.stem, tables.drawings(path.stem, rows), "../plots")
+        parts.append(f"## {path.stem}\n\n{tables.markdown(rows)}\n\n{source(path.stem, rows)}\n\n{images}\n")
+    return "\n".join(parts)
+
+
+def source(name: str, rows: Sequence[dict]) -> str:
+    dates = sorted(row["date"][:10] for row in tables.newest(rows))
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"`python -m bench.{name}`, {span}"
+
+
+def pictures(name: str, drawings: dict[str, list[dict]], plots: str) -> str:
+    return "\n".join(f"![{name} on {rows[0]['device']}]({plots}/{file})" for file, rows in drawings.items())
 
 
 def drawings(results: Path) -> dict[str, tuple[str, list[dict]]]:
@@ -54,6 +82,9 @@ def differences(readme: Path, results: Path, plots: Path) -> list[str]:
             found.append(f"{path.name} has no rows")
         elif tables.digest(wanted[path.name][1]) not in path.read_text("utf-8"):
             found.append(f"{path.name} differs from the rows")
+    rows = results / "README.md"
+    if not rows.exists() or rows.read_text("utf-8") != page(results):
+        found.append(f"{results.name}/{rows.name} differs from the rows")
     text = readme.read_text("utf-8")
     return found if rewrite(text, results) == text else [*found, f"{readme.name} differs from the rows"]
 
@@ -65,6 +96,7 @@ def write(readme: Path, results: Path, plots: Path) -> None:
     for path in plots.glob("*.svg"):
         if path.name not in wanted:
             path.unlink()
+    (results / "README.md").write_text(page(results), "utf-8")
     readme.write_text(rewrite(readme.read_text("utf-8"), results), "utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Rows as a table for the terminal, as Markdown for the README, and as a plot."""
+"""Rows as a table for the terminal, as Markdown (all of them, or ours beside the fastest peer), and as a plot."""
 
 from __future__ import annotations
 
@@ -100,9 +100,46 @@ def markdown(rows: Sequence[dict]) -> str:
         body = [[name, *(cell(by_place.get((name, column))) for column in columns)] for name in names]
         title = ", ".join(filter(None, [device, counted(threads), common]))
         parts.append(tabulate(body, [title, *columns], tablefmt="github", disable_numparse=True))
-    if any("scaled_by" in row for row in newest(rows)):
-        parts.append("\\* timed on a part of the rows and scaled up.")
-    return "\n\n".join(parts)
+    return annotated(parts)
+
+
+def summary(rows: Sequence[dict]) -> str:
+    """One table for each device; a line a dtype and mode, a column a shape, a cell ours and the fastest peer."""
+    devices: dict[str, dict[str, list[dict]]] = {}
+    for (device, threads, common), members in groups(newest(rows)).items():
+        devices.setdefault(f"{device}, {counted(threads)}", {})[common] = members
+    parts = []
+    for title, lines in devices.items():
+        columns = columns_of([row for members in lines.values() for row in members])
+        body = [
+            [common, *(beside([row for row in members if column_of(row) == column]) for column in columns)]
+            for common, members in lines.items()
+        ]
+        parts.append(tabulate(body, [title, *columns], tablefmt="github", disable_numparse=True))
+    return annotated(parts)
+
+
+def beside(rows: Sequence[dict]) -> str:
+    """Of one case ours, the first of them where there are several, and the fastest peer; "" without ours."""
+    ours = [row for row in rows if is_ours(row)]
+    peers = sorted((row for row in rows if not is_ours(row)), key=lambda row: row["ms"])
+    return "; ".join([*map(brief, ours[:1]), *(f"{row['impl']}: {brief(row)}" for row in peers[:1] if ours)])
+
+
+def is_ours(row: Mapping) -> bool:
+    return row["impl"].startswith("cream")
+
+
+def brief(row: Mapping) -> str:
+    """The rate, or ms where there is none, and the extra memory."""
+    times = [f"{number(row[rate])} {unit}" for rate, unit in RATES.items() if rate in row]
+    parts = times or [f"{number(row['ms'])} ms{'*' if 'scaled_by' in row else ''}"]
+    return ", ".join(parts + ([f"{number(row['extra_mib'])} MiB"] if "extra_mib" in row else []))
+
+
+def annotated(parts: Sequence[str]) -> str:
+    text = "\n\n".join(parts)
+    return f"{text}\n\n\\* timed on a part of the rows and scaled up." if " ms*" in text else text
 
 
 def slug(text: str) -> str:

@@ -28,10 +28,12 @@ from bench import (
     top_p,
     tune,
 )
+from bench import native as native_bench
 from bench import weighted_dpo as dpo
 from cream.config import ModelConfig
 from cream.dpo import loss_of
 from cream.model import load
+from cream_kernels import linear_logp_native
 from tests.test_fuse import using
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,6 +268,29 @@ def test_all_benchmarks_share_the_time(monkeypatch):
     assert until("--small", "--until", "inf") == [math.inf] * 5
 
 
+@pytest.mark.parametrize(
+    "piece",
+    [
+        lambda: native_bench.head(9, 16, 300),
+        lambda: native_bench.tile_of_logits(9, 16, 30),
+        lambda: native_bench.fold_of_a_tile(9, 30),
+        lambda: native_bench.scale_of_a_tile(9, 30),
+        lambda: native_bench.rows_of_logits(9, 300, torch.float32),
+        lambda: native_bench.rows_of_logits(9, 300, torch.bfloat16),
+        lambda: native_bench.decoding(10, 8, torch.float32),
+    ],
+)
+def test_a_native_piece_is_what_it_replaces(piece):
+    a_row = torch.empty(1, 2, dtype=torch.bfloat16)
+    if reason := linear_logp_native.why_not(a_row, a_row):
+        pytest.skip(reason)
+    truth, run = piece()
+    errors = native_bench.check(truth, run)
+    assert errors.keys() == run.keys() - {native_bench.LOGITS_ONLY} and len(errors) > 1
+    with pytest.raises(AssertionError):
+        native_bench.check(truth, run | {"native": lambda: run["native"]() + 1})
+
+
 def test_unknown_names_stop(tmp_path):
     with pytest.raises(SystemExit, match="no peer 'eagre' here; there are cream, eager"):
         linear_logp.main(["--tiny", "--peers", "eagre", "--results", str(tmp_path)])
@@ -342,6 +367,16 @@ def test_cells():
     assert tables.cell(None) == ""
 
 
+def test_a_summary_has_ours_and_the_fastest_peer():
+    rows = [row(), row(impl="cream, slow", ms=9.0), row(impl="a", ms=4.0, extra_mib=7.0), row(impl="b", ms=5.0)]
+    rows += [row(impl="b", ms=3.0, mode="both"), row(threads=2, pairs_per_second=8.25, extra_mib=0.5)]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.summary(rows).splitlines()]
+    assert cells[0] == ["A B, 1 thread", "3"] and cells[5] == ["A B, 2 threads", "3"]
+    assert cells[2:4] == [["float32", "1.5 ms; a: 4 ms, 7 MiB"], ["float32, both", ""]]
+    assert cells[7] == ["float32", "8.25 pairs/s, 0.5 MiB"]
+    assert "\\* timed" in tables.summary([row(scaled_by=2.0)]) and "\\*" not in tables.summary(rows)
+
+
 def test_plots_are_the_same_bytes_each_time(tmp_path):
     rows = [row(), row(impl="peer", ms=3.0), row(impl="peer", shape=[4])]
     for name in ("a.svg", "b.svg"):
@@ -353,16 +388,23 @@ def test_plots_are_the_same_bytes_each_time(tmp_path):
 def test_report_writes_and_checks(tmp_path):
     readme, results, plots = tmp_path / "README.md", tmp_path / "results", tmp_path / "plots"
     readme.write_text("Before\n<!-- bench:x -->\n<!-- /bench -->\n<!-- bench:none -->\nold\n<!-- /bench -->\nAfter\n")
-    harness.record("x", [row()], results)
+    harness.record("x", [row(), row(impl="peer", ms=3.0), row(impl="far", ms=4.0)], results)
     report.write(readme, results, plots)
     text = readme.read_text()
-    assert "| cream" in text and "1.5 ms" in text and "(bench/plots/x-a-b.svg)" in text and "old" not in text
+    assert "| float32" in text and "1.5 ms; peer: 3 ms" in text and "(bench/plots/x-a-b.svg)" in text
+    assert "old" not in text
+    assert "| far" in (results / "README.md").read_text() and "| far" not in text
     assert text.startswith("Before\n") and text.endswith("<!-- bench:none -->\n<!-- /bench -->\nAfter\n")
     assert report.differences(readme, results, plots) == []
     (plots / "y.svg").write_text("<svg/>")
     harness.record("x", [row(ms=2.0)], results)
     wrong = report.differences(readme, results, plots)
-    assert wrong == ["x-a-b.svg differs from the rows", "y.svg has no rows", "README.md differs from the rows"]
+    assert wrong[:2] == ["x-a-b.svg differs from the rows", "y.svg has no rows"]
+    assert wrong[2:] == ["results/README.md differs from the rows", "README.md differs from the rows"]
+    harness.record("x", [row(device="C", date="2026-01-02T00:00:00+00:00", impl="rung")], results)
+    report.write(readme, results, plots)
+    assert "x-c.svg" in readme.read_text() and "x-a-b.svg" not in readme.read_text()
+    assert "(../plots/x-a-b.svg)\n![x on C](../plots/x-c.svg)" in (results / "README.md").read_text()
 
 
 # Tuning
