@@ -335,17 +335,23 @@ def logp_bytes(shape: Shape, size: int, device: str, rows: int, frozen: bool = F
 
 def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int:
     """linear_weighted_dpo over `rows` hidden states, of which a pair has `pair`: they, and they and their gradient in
-    float32; a chunk's logits; the head's gradient in float32 and then, if that is not its type, in its own. One chunk
-    on a CPU needs no sum in float32, and for at most D rows only the room of a block beside the gradient."""
+    float32; a chunk's logits; the head's gradient in float32 and then, if that is not its type, in its own.
+
+    One chunk on a CPU keeps its logits, for at most D rows in the gradient's memory, and multiplies out a block of them
+    at a time in backward.
+    """
     V, D = shape.vocabulary, shape.hidden
     most = max(HEAD_CHUNK[device], pair, D if device == "cpu" else 0)
     if device == "cpu" and size == 2 and most < rows <= most + 2 * D:
         most = rows
-    logits, gradient = min(rows, most) * V * (size if device == "cpu" else 4), V * D * (4 if size == 4 else 4 + size)
     if device == "cpu" and rows <= most:
-        gradient = V * D * size
-        logits = rows * min(HEAD_BLOCK, V) * size if rows <= D else logits
-    return rows * D * (8 + size) + logits + gradient + tile_bytes(shape, size, device)
+        tile_rows, columns = HEAD_TILE[device][size]
+        up = 4 * (rows * D + min(columns, V) * (min(rows, tile_rows) + D)) if size == 2 else 0
+        down = rows * (D * (4 + size) + min(HEAD_BLOCK, V) * size) + (V * D * size if rows > D else 0)
+        return rows * D * size + V * max(rows, D) * size + max(up, down)
+    logits, gradient = min(rows, most) * V * (size if device == "cpu" else 4), V * D * (4 if size == 4 else 4 + size)
+    across = min(rows, most) * min(HEAD_BLOCK, V) * size if device == "cpu" and size == 2 else 0
+    return rows * D * (8 + size) + logits + across + gradient + tile_bytes(shape, size, device)
 
 
 def _training_parts(

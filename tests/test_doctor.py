@@ -193,18 +193,20 @@ def test_head_never_holds_all_logits():
     assert longer - head == 2048 * 128256 * 4
 
 
-@pytest.mark.parametrize(
-    "rows, logits, gradient", [(4096, 4096 * 4032 * 2, 2), (8192, 8192 * 128256 * 2, 2), (16384, 4096 * 128256 * 2, 6)]
-)
-def test_head_on_a_cpu(rows, logits, gradient):
-    """One chunk of at most D = 4096 rows lies in the gradient's memory, 3 D are one too; several need a float32 sum."""
-    head = dpo_bytes(LLAMA3_8B, 2, "cpu", 1536, rows)
-    tile = 4 * 2016 * (2 * 1024 + 2 * 4096)
-    assert head == logits + 128256 * 4096 * gradient + rows * 4096 * 10 + tile
+def test_head_on_a_cpu():
+    """Up to 3 D = 12,288 rows are one chunk, of which at most D lie in the gradient's memory; several need a float32
+    sum of it."""
+    V, D, block = 128256, 4096, 4032
+    few, one, wider, several = (dpo_bytes(LLAMA3_8B, 2, "cpu", 512, rows) for rows in (512, 4096, 8192, 16384))
+    assert few == 512 * D * 2 + V * D * 2 + 4 * (512 * D + 2016 * (512 + D))  # hidden states and tiles in float32
+    assert one == 4096 * D * 2 + V * D * 2 + 4096 * (D * 6 + block * 2)  # their gradient, and a block
+    assert wider == 8192 * (D * 2 + V * 2) + V * D * 2 + 8192 * (D * 6 + block * 2)
+    tile = 4 * 2016 * (2 * 1024 + 2 * D)
+    assert several == 16384 * D * 10 + 4096 * (V + block) * 2 + V * D * 6 + tile
 
 
 def test_rows_and_tiles_are_those_of_the_kernels():
-    from cream_kernels import linear_weighted_dpo, tiles
+    from cream_kernels import linear_weighted_dpo, linear_weighted_dpo_torch, tiles
 
     body = sys.modules[linear_weighted_dpo.__module__]
     for name, device in (("cpu", "cpu"), ("cuda", "meta")):  # no card is needed to ask
@@ -213,7 +215,7 @@ def test_rows_and_tiles_are_those_of_the_kernels():
         }
         assert HEAD_TILE[name] == shapes
     assert HEAD_CHUNK == {"cpu": body.CHUNK_ROWS, "cuda": tiles.CHUNK_ROWS}
-    assert HEAD_BLOCK == body.BLOCK
+    assert HEAD_BLOCK == linear_weighted_dpo_torch.BLOCK
 
 
 def saved_bytes(config, size, lora=None, fused=False):

@@ -255,6 +255,21 @@ def test_a_tile_keeps_float32(n, c, D):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("n, c", [(1, 1), (31, 33), (32, 64), (70, 5), (100, 131), (5, 200)])
+def test_a_matrix_is_transposed_and_nothing_beside_it_written(n, c, product):
+    matrix = hemmed(torch.randn(n, c, generator=torch.Generator().manual_seed(8)).bfloat16())
+    frame = torch.full((c + 2, n + 5), 7.0).bfloat16()
+    out = ours.transpose(matrix, frame[1:-1, 2:-3])
+    assert out.equal(matrix.T) and out.data_ptr() == frame[1, 2:].data_ptr()
+    try:
+        torch.set_num_threads(2)
+        assert ours.transpose(matrix, torch.empty(c, n).bfloat16()).equal(matrix.T)
+    finally:
+        torch.set_num_threads(1)
+    frame[1:-1, 2:-3] = 7
+    assert (frame == 7).all()
+
+
 @pytest.fixture(params=["plain", "avx2", "avx512"])
 def fold(request, monkeypatch):
     use("cream_top_p_isa", ["plain", "avx2", "avx512"].index(request.param), request.param, monkeypatch)

@@ -483,7 +483,7 @@ def test_nothing_is_read_back():
     given = hidden, weight, targets, cu_seqlens, near.float(), agreement.float(), 0.7, 40
     with NoReadingBack():
         loss, _, *saved = module._run_on_cuda(*given, True)
-        module._scale(torch.ones((), device=DEVICE).expand(5), *given[:4], *saved)
+        module._gradients(torch.ones((), device=DEVICE).expand(5), *given[:4], *saved, True)
         linear_logp_triton.store_free(hidden, weight, targets, None, 1.0, 0.0, True, SMALL)
     with pytest.raises(AssertionError), NoReadingBack():
         (loss > 0).nonzero()

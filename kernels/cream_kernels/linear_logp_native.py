@@ -251,6 +251,26 @@ def scale_rows(
     _check(done)
 
 
+def transpose(
+    matrix: Tensor,  # (n, c) bfloat16, columns dense
+    out: Tensor,  # (c, n) bfloat16, columns dense: becomes matrix.T
+) -> Tensor:  # out
+    """Eight times as fast as torch's copy, for products that are slow of a transposed left operand."""
+    assert all(x.dtype == torch.bfloat16 and (x.stride(1) == 1 or x.shape[1] == 1) for x in (matrix, out))
+    assert out.shape == matrix.shape[::-1]
+    _check(
+        native.load().cream_transpose(
+            matrix.data_ptr(),
+            *matrix.shape,
+            matrix.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
 def _dense_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 

@@ -190,6 +190,21 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         some += added
 
 
+def transposed_room(coefficients: Tensor, num_elements: int) -> Tensor:  # flat
+    """What `transposed` needs for matrices of so many elements that are like these coefficients."""
+    return coefficients.new_empty(num_elements if in_cpp.why_not(coefficients, coefficients) is None else 0)
+
+
+def transposed(
+    coefficients: Tensor,  # (n, c)
+    room: Tensor,
+) -> Tensor:  # (c, n)
+    """A product's left operand: dense where it is bfloat16, since oneDNN takes twice as long of one that is not."""
+    if room.numel() == 0:
+        return coefficients.T
+    return in_cpp.transpose(coefficients, tile_in(room, *coefficients.shape[::-1]))
+
+
 def take_targets_(
     tile: Tensor,  # (n, c) logits; the targets' entries become -inf
     columns: Tensor,  # (n,) int64, target less the tile's first column; outside [0, c) for most rows
@@ -355,6 +370,7 @@ def gradients(
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     dbias = weight.new_empty(weight.shape[0]) if need_bias else None
     room = tiles_room(hidden, weight, dtype)
+    across = transposed_room(weight, room.numel() if need_weight else 0)
     # Vocabulary outside, rows inside: a tile of dweight is summed over all rows in float32 and rounded once.
     for first in range(0, weight.shape[0], num_columns):
         columns = slice(first, min(first + num_columns, weight.shape[0]))
@@ -377,7 +393,7 @@ def gradients(
             if dhidden is not None:
                 add_product_(dhidden[rows], coefficients, weight[columns])
             if dweight_tile is not None:
-                add_product_(dweight_tile, coefficients.T, hidden[rows])
+                add_product_(dweight_tile, transposed(coefficients, across), hidden[rows])
                 here = inside.nonzero()[:, 0] if inside.device.type == "cpu" else slice(None)
                 dweight_tile.index_add_(0, own[here], hidden[rows][here] * at_own[here, None])
         if dweight is not None:

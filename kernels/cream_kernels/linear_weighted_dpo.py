@@ -1,9 +1,11 @@
 """linear_weighted_dpo: from hidden states to the loss of each pair and its gradients, in one pass over whole pairs.
 
 P pairs, N tokens (rows) of 2P sequences in the order chosen, rejected, chosen, ...; D hidden size, V vocabulary. Here
-are the public function, its operators and the torch body; weighted_dpo_triton.py has the body for CUDA. The loss is
-that of weighted_dpo.py, the log-probs are those of linear_logp.py.
+are the public function and its operators; linear_weighted_dpo_torch.py has the body for CPUs, weighted_dpo_triton.py
+that for CUDA. The loss is that of weighted_dpo.py, the log-probs are those of linear_logp.py.
 """
+
+from __future__ import annotations
 
 import functools
 
@@ -20,27 +22,11 @@ from .linear_logp import (
     linear_logp,
     triton_serves,
 )
-from .linear_logp_torch import (
-    Products,
-    Squash,
-    Statistics,
-    add_product_,
-    add_target_weights_,
-    fold_tile_,
-    rows_at_once,
-    rows_that_count,
-    scale_rows,
-    scatter_rows,
-    share_of_others,
-    tile_in,
-    tile_shape,
-    wide_dtype,
-)
+from .linear_logp_torch import rows_that_count, scatter_rows, tile_shape, transposed_room, wide_dtype
+from .linear_weighted_dpo_torch import PLAIN, Blocks, forward, margin_of, multiply_out, pair_chunks, sum_sequences
 from .reference import IGNORE
-from .weighted_dpo import loss_and_slope, weighted_dpo
+from .weighted_dpo import weighted_dpo
 
-_PLAIN = Squash(1.0, 0.0)
-BLOCK = 4032  # vocabulary at least that the torch body multiplies out at once: some of a CPU's tiles
 CHUNK_ROWS = 1024  # at least, of a CPU's chunks
 
 
@@ -70,10 +56,12 @@ def linear_weighted_dpo(
     dweight's own memory where one chunk of at most D rows is all. During the forward half precision also needs a
     float32 sum of dweight, on a CPU only over several chunks. A backward that retains its graph makes dweight anew.
 
-    Those gradients are for an upstream of 1. dhidden takes any upstream exactly, a pair's rows times its own. dweight
-    has summed over pairs, so one factor for all pairs (loss.sum(), loss.mean(), divided by anything) scales it, but
-    different ones do not: then, and only then, dweight is made again from recomputed logits, exactly, for 4NDV more.
-    What differs by pair and is known beforehand belongs in agreement or in linear_logp + weighted_dpo.
+    On a CPU where one chunk is all, the two products wait for backward: any upstream is exact, and multiplied in before
+    anything is rounded. Elsewhere those gradients are for an upstream of 1. dhidden takes any upstream exactly, a
+    pair's rows times its own. dweight has summed over pairs, so one factor for all pairs (loss.sum(), loss.mean(),
+    divided by anything) scales it, but different ones do not: then, and only then, dweight is made again from
+    recomputed logits, exactly, for 4NDV more. What differs by pair and is known beforehand belongs in agreement or in
+    linear_logp + weighted_dpo.
 
     With a frozen head (weight needs no gradient) this is linear_logp + weighted_dpo: 4NDV, exact for every upstream.
 
@@ -118,8 +106,8 @@ def linear_weighted_dpo(
         )
         return loss, logp
     rows = linear_logp(hidden, weight, targets)
-    logp = _sum_sequences(rows, _sequence_of_row(cu_seqlens, rows), num_sequences)
-    return weighted_dpo(_margin(logp, reference_logp, beta), agreement), logp.detach()
+    logp = sum_sequences(rows, _sequence_of_row(cu_seqlens, rows), num_sequences)
+    return weighted_dpo(margin_of(logp, reference_logp, beta), agreement), logp.detach()
 
 
 def _chunk_on_a_cpu(hidden: Tensor) -> int:  # (N, D)
@@ -128,20 +116,6 @@ def _chunk_on_a_cpu(hidden: Tensor) -> int:  # (N, D)
     num_rows, D = hidden.shape
     rows = max(CHUNK_ROWS, D)
     return num_rows if hidden.dtype.itemsize == 2 and rows < num_rows <= rows + 2 * D else rows
-
-
-def _margin(logp: Tensor, reference_logp: Tensor, beta: float) -> Tensor:
-    ratio = logp - reference_logp
-    return beta * (ratio[0::2] - ratio[1::2])
-
-
-def _sum_sequences(
-    rows: Tensor,  # (N,)
-    sequence: Tensor,  # (N,) int64, the sequence of each row
-    num_sequences: int,
-) -> Tensor:  # (S,) in the dtype of rows, summed in float64: what ranks responses is a difference of such sums
-    sums = rows.new_zeros(num_sequences, dtype=torch.float64)
-    return sums.index_add(0, sequence, rows.double()).to(rows.dtype)
 
 
 def _checked_bounds(cu_seqlens: Tensor, num_rows: int) -> list[int]:
@@ -165,147 +139,32 @@ def _(cu_seqlens, rows):
     return rows.new_empty(rows.shape[0], dtype=torch.int64)
 
 
-def _pair_chunks(bounds: list[int], chunk_tokens: int) -> list[tuple[int, int, slice]]:
-    """First pair, end and rows of runs of consecutive pairs with at most chunk_tokens rows together, or of one pair."""
-    chunks, first, num_pairs = [], 0, len(bounds) // 2
-    for pair in range(1, num_pairs + 1):
-        if pair == num_pairs or bounds[2 * pair + 2] - bounds[2 * first] > chunk_tokens:
-            chunks.append((first, pair, slice(bounds[2 * first], bounds[2 * pair])))
-            first = pair
-    return chunks
-
-
 def reading_is_free(tensor: Tensor) -> bool:
     """Whether Python may look at values without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
-def _forward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,) in [0, V)
-    ignored: Tensor | None,  # (N,) bool, rows to count as 0
-    bounds: list[int],  # 2P + 1, where each sequence starts, and N
-    sequence: Tensor,  # (N,) int64, the sequence of each row
-    reference_logp: Tensor,  # (2P,) wide
-    agreement: Tensor,  # (P,) wide
-    beta: float,
-    chunk_tokens: int,
-    need_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, ...]]:
-    """loss (P,), logp (2P,), dhidden (N, D), all wide; dweight (V, D) as it was summed; and of each row (N,), wide:
-    dloss/dlogp, logp, maximum and others.
-    """
-    (V, D), dtype = weight.shape, wide_dtype(hidden)
-    most_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
-    block_columns = max(BLOCK, num_columns)
-    products, wide = Products.of(hidden, weight, None, _PLAIN), functools.partial(hidden.new_empty, dtype=dtype)
-    chunks = _pair_chunks(bounds, chunk_tokens)
-    longest = max((rows.stop - rows.start for *_, rows in chunks), default=0)
-    blocks = [slice(first, min(first + block_columns, V)) for first in range(0, V, block_columns)]
-    # Of one chunk, products are rounded once either way, so there is no need of a wide sum.
-    summed = weight.dtype if len(chunks) == 1 and reading_is_free(targets) else dtype
-    dweight = weight.new_empty(weight.shape, dtype=summed) if chunks else weight.new_zeros(weight.shape)
-    # A block of logits becomes a block of dweight. Where there is one chunk, of at most D rows, that is where it lies,
-    # until its product is due, which takes it from space.
-    inside = len(chunks) == 1 and longest <= D and summed == weight.dtype
-    logits = dweight.view(-1) if inside else weight.new_empty(longest * V)
-    space = weight.new_empty(longest * block_columns if inside else 0)
-    wide_tile = wide(0 if weight.dtype == dtype else min(longest, most_rows) * num_columns)
-    dhidden = wide(hidden.shape).zero_() if need_hidden else None
-    loss, logp = wide(len(bounds) // 2), wide(len(bounds) - 1)
-    row_values = tuple(wide(hidden.shape[0]) for _ in range(4))
-    for first_pair, end_pair, rows in chunks:
-        pairs, sequences = slice(first_pair, end_pair), slice(2 * first_pair, 2 * end_pair)
-        num_rows = rows.stop - rows.start
-
-        # Up: logits, each tile kept as exp(z - highest so far), as in linear_logp.
-        statistics, kept, highest = Statistics.empty(num_rows, hidden), [], []
-        for columns in blocks:
-            start, width = columns.start * (D if inside else num_rows), columns.stop - columns.start
-            kept.append(logits[start : start + num_rows * width].view(num_rows, width))
-            for first in range(columns.start, columns.stop, num_columns):
-                tile = kept[-1][:, first - columns.start :][:, :num_columns]
-                _fold_products_(tile, wide_tile, products, rows, first, targets[rows] - first, statistics)
-                highest.append(statistics.maximum.clone())
-        row_logp, _ = statistics.finish()
-        share = share_of_others(row_logp, statistics.others)
-
-        # The turn: every sequence of the chunk is complete, so each row's factor is known.
-        if ignored is not None:
-            row_logp = row_logp.masked_fill(ignored[rows], 0.0)
-        within = sequence[rows] - sequences.start
-        logp[sequences] = _sum_sequences(row_logp, within, 2 * (end_pair - first_pair))
-        margin = _margin(logp[sequences], reference_logp[sequences], beta)
-        loss[pairs], slope = loss_and_slope(margin, agreement[pairs])
-        row_grad = beta * torch.stack((slope, -slope), dim=1).flatten()[within]  # chosen, rejected, ...
-        for stored, value in zip(row_values, (row_grad, row_logp, statistics.maximum, statistics.others), strict=True):
-            stored[rows] = value
-
-        # Down: each tile becomes dloss/dlogits but for the targets, whose part is added in a wide dtype, and each block
-        # is multiplied out. The first chunk writes dweight, the others add.
-        scales = iter([-row_grad * share * (before - statistics.maximum).exp_() for before in highest])
-        for columns, block in zip(blocks, kept, strict=True):
-            coefficients = space[: block.numel()].view(block.shape) if inside else block
-            for tile, out in zip(block.split(num_columns, 1), coefficients.split(num_columns, 1), strict=True):
-                scale_rows(tile, next(scales), out)
-            if dhidden is not None:
-                add_product_(dhidden[rows], coefficients, weight[columns])
-            if first_pair == 0 and summed == weight.dtype:
-                torch.mm(coefficients.T, hidden[rows], out=dweight[columns])
-            elif first_pair == 0:
-                dweight[columns] = torch.mm(coefficients.T, hidden[rows])
-            else:
-                add_product_(dweight[columns], coefficients.T, hidden[rows])
-        at_target = -row_grad * torch.expm1(row_logp)
-        if dhidden is not None:
-            add_target_weights_(dhidden[rows], at_target, weight, targets[rows])
-        _add_rows_(dweight, targets[rows].clamp(0, V - 1), at_target[:, None], hidden[rows])
-    return loss, logp, dhidden, dweight, row_values
+def _room(hidden: Tensor) -> int:  # (N, D)
+    """Rows of logits that what is held for backward has room for: where D do, it is dweight's own memory."""
+    return max(hidden.shape)
 
 
-def _fold_products_(
-    kept: Tensor,  # (n, c) becomes exp(logit - highest so far), 0 at the targets
-    wide_tile: Tensor,  # room for a tile, or none where kept is wide
-    products: Products,
-    rows: slice,  # n of the hidden states
-    first: int,  # of c columns of the vocabulary
-    own: Tensor,  # (n,) target less the first column
-    statistics: Statistics,  # of these rows, updated
-) -> None:
-    """Some rows at a time: in place where kept is wide, else through a tile that is, rounding once."""
-    rounds = kept.dtype != wide_tile.dtype
-    step, columns = tile_shape(kept.device, kept.dtype)[0], slice(first, first + kept.shape[1])
-    for start in range(0, len(own), step):
-        part = slice(start, min(start + step, len(own)))
-        tile = tile_in(wide_tile, *kept[part].shape) if rounds else kept[part]
-        products.into(tile, slice(rows.start + part.start, rows.start + part.stop), columns)
-        fold_tile_(tile, own[part], statistics.of(part), kept[part] if rounds else None)
+def _defers(hidden: Tensor, num_pairs: int, chunk_tokens: int) -> bool:
+    """Whether backward multiplies out: on a CPU, where all rows are one chunk."""
+    num_rows = hidden.shape[0]
+    return reading_is_free(hidden) and 0 < num_rows and (num_rows <= chunk_tokens or num_pairs == 1)
 
 
-def _add_rows_(
-    matrix: Tensor,  # (V, D), updated
-    at: Tensor,  # (n,) int64, may repeat
-    scale: Tensor,  # (n, 1) wide
-    rows: Tensor,  # (n, D)
-) -> None:
-    """matrix.index_add_(0, at, scale * rows), but rounded once where matrix is in half precision."""
-    few_rows = rows_at_once(rows)
-    if matrix.dtype == scale.dtype:
-        for few, by, some in zip(at.split(few_rows), scale.split(few_rows), rows.split(few_rows), strict=True):
-            matrix.index_add_(0, few, by * some)
-        return
-    which, back = at.unique(return_inverse=True)
-    for start in range(0, len(which), few_rows):
-        place = which[start : start + few_rows]
-        part = ((back >= start) & (back < start + few_rows)).nonzero()[:, 0]
-        sums = matrix[place].to(scale.dtype).index_add_(0, back[part] - start, scale[part] * rows[part])
-        matrix[place] = sums.to(matrix.dtype)
+def _num_tiles(weight: Tensor) -> int:
+    return -(-weight.shape[0] // tile_shape(weight.device, weight.dtype)[1])
 
 
 def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chunk_tokens, need_hidden):
     num_rows, dtype, model_dtype = hidden.shape[0], wide_dtype(hidden), hidden.dtype
     bounds, sequence = cu_seqlens.tolist(), _sequence_of_row(cu_seqlens, hidden)
+    held = None
+    if _defers(hidden, agreement.shape[0], chunk_tokens):
+        held = weight.new_empty(weight.shape[0], _room(hidden))
     kept = ignored = None
     if reading_is_free(targets):
         kept = rows_that_count(targets, weight.shape[0])
@@ -318,7 +177,7 @@ def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, c
         # Zeroed, so that they add nothing to dweight, nan or not; backward masks their dhidden.
         hidden, targets = hidden.masked_fill(ignored[:, None], 0.0), targets.masked_fill(ignored, 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, logp, dhidden, dweight, row_values = _forward(
+        loss, logp, dhidden, dweight, highest, row_values = forward(
             hidden,
             weight,
             targets,
@@ -330,10 +189,11 @@ def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, c
             beta,
             chunk_tokens,
             need_hidden,
+            held,
         )
     dhidden = hidden.new_empty(0) if dhidden is None else scatter_rows(dhidden, kept, num_rows, model_dtype)
-    row_values = [scatter_rows(values, kept, num_rows, dtype) for values in row_values]
-    return loss, logp, dhidden, dweight.to(model_dtype), *row_values
+    row_values = [scatter_rows(values, kept, num_rows, dtype) for values in (highest, *row_values)]
+    return loss, logp, dhidden, held if dweight is None else dweight.to(model_dtype), *row_values
 
 
 _linear_weighted_dpo = torch.library.custom_op(
@@ -342,7 +202,7 @@ _linear_weighted_dpo = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor cu_seqlens, Tensor reference_logp, Tensor agreement,"
     " float beta, int chunk_tokens, bool need_hidden) -> (Tensor loss, Tensor logp, Tensor dhidden, Tensor dweight,"
-    " Tensor row_grad, Tensor row_logp, Tensor row_maximum, Tensor row_others)",
+    " Tensor highest, Tensor row_grad, Tensor row_logp, Tensor row_maximum, Tensor row_others)",
 )
 
 
@@ -361,23 +221,28 @@ def _run_on_cuda(hidden, weight, targets, cu_seqlens, reference_logp, agreement,
             weight,
             targets,
             torch.tensor(bounds).to(hidden.device, non_blocking=True),
-            _pair_chunks(bounds, chunk_tokens),
+            pair_chunks(bounds, chunk_tokens),
             reference_logp,
             agreement,
             beta,
             need_hidden,
         )
-    return loss, logp, hidden.new_empty(0) if dhidden is None else dhidden, dweight.to(weight.dtype), *row_values
+    highest = row_values[0].new_empty(hidden.shape[0], 0)
+    dhidden = hidden.new_empty(0) if dhidden is None else dhidden
+    return loss, logp, dhidden, dweight.to(weight.dtype), highest, *row_values
 
 
 @_linear_weighted_dpo.register_fake
 def _(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chunk_tokens, need_hidden):
+    defers, num_rows = _defers(hidden, agreement.shape[0], chunk_tokens), hidden.shape[0]
+    wide = functools.partial(hidden.new_empty, dtype=wide_dtype(hidden))
     return (
         torch.empty_like(agreement, memory_format=torch.contiguous_format),
         torch.empty_like(reference_logp, memory_format=torch.contiguous_format),
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape),
-        *(hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden)) for _ in range(4)),
+        hidden.new_empty(hidden.shape if need_hidden and not defers else 0),
+        weight.new_empty(weight.shape[0], _room(hidden) if defers else weight.shape[1]),
+        wide(num_rows, _num_tiles(weight) if defers else 0),
+        *(wide(num_rows) for _ in range(4)),
     )
 
 
@@ -395,34 +260,77 @@ def _is_one_number(grad: Tensor, may_wait: bool) -> bool:
     return grad.shape[0] < 2 or grad.stride(0) == 0 or (may_wait and bool((grad == grad[0]).all()))
 
 
-def _scale(grad, hidden, weight, targets, cu_seqlens, dhidden, dweight, *row_values):
-    """The gradients for another upstream than 1."""
+def _multiply_later(
+    grad: Tensor,  # (P,) wide, upstream of loss
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    held: Tensor,  # (V, room), as _run left it, as the next five
+    highest: Tensor,  # (N, tiles)
+    row_grad: Tensor,  # (N,)
+    row_logp: Tensor,
+    row_maximum: Tensor,
+    row_others: Tensor,
+    need_hidden: bool,
+    ends: bool,  # whether held is of no more use, so that it may become dweight
+) -> tuple[Tensor, Tensor]:  # dhidden (N, D) or, where not needed, (0,); dweight (V, D)
+    (num_rows, D), V = hidden.shape, weight.shape[0]
+    rows = grad[_sequence_of_row(cu_seqlens, hidden) // 2] * row_grad, row_logp, row_maximum, row_others
+    kept, model_dtype = rows_that_count(targets, V), hidden.dtype
+    if kept is not None:
+        hidden, targets, highest, *rows = (x.index_select(0, kept) for x in (hidden, targets, highest, *rows))
+    blocks, inside = Blocks.of(weight), held.shape[1] == D
+    of_a_block = len(targets) * blocks.most_columns
+    across = transposed_room(weight, of_a_block)
+    logits = places = blocks.within(held, len(targets))
+    if not ends or (inside and across.numel() == 0):
+        places = blocks.in_turn(weight.new_empty(of_a_block), len(targets))
+    dweight = held if ends and inside else weight.new_empty(weight.shape)
+    dhidden = hidden.new_zeros(hidden.shape, dtype=wide_dtype(hidden)) if need_hidden else None
+    operands = hidden, weight, targets, *rows, dhidden, dweight
+    with torch.autocast(hidden.device.type, enabled=False):
+        multiply_out(logits, places, across, highest.unbind(1), blocks, *operands, adds=False)
+    return hidden.new_empty(0) if dhidden is None else scatter_rows(dhidden, kept, num_rows, model_dtype), dweight
+
+
+def _gradients(
+    grad, hidden, weight, targets, cu_seqlens, dhidden, dweight, highest, row_grad, row_logp, row_maximum, row_others,
+    need_hidden,
+):  # fmt: skip
+    """The gradients for another upstream than 1, in memory of their own."""
+    row_values = row_grad, row_logp, row_maximum, row_others
+    given = hidden, weight, targets, cu_seqlens
+    if highest.shape[1] > 0:
+        return _multiply_later(grad, *given, dweight, highest, *row_values, need_hidden, ends=False)
     of_row = grad[_sequence_of_row(cu_seqlens, hidden) // 2]
-    of_row = of_row.masked_fill(targets == IGNORE, 0.0)
-    dhidden = (dhidden * of_row[:, None]).to(dhidden.dtype) if dhidden.dim() == 2 else dhidden.clone()
+    if need_hidden:
+        dhidden = (dhidden * of_row[:, None]).to(dhidden.dtype).masked_fill_((targets == IGNORE)[:, None], 0.0)
+    else:
+        dhidden = dhidden.clone()
     if _is_one_number(grad, may_wait=True):
         return dhidden, torch.mul(dweight, _one_factor(grad), out=torch.empty_like(dweight))
-    row_grad, *statistics = row_values
     needs = False, True, False
     _, dweight, _ = _linear_logp_backward(
-        of_row * row_grad, hidden, weight, targets, None, *statistics, *_PLAIN, *needs
+        of_row * row_grad, hidden, weight, targets, None, *row_values[1:], *PLAIN, *needs
     )
     return dhidden, dweight
 
 
 _linear_weighted_dpo_backward = torch.library.custom_op(
     f"{NAMESPACE}::linear_weighted_dpo_backward",
-    _scale,
+    _gradients,
     mutates_args=(),
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor cu_seqlens, Tensor dhidden,"
-    " Tensor dweight, Tensor row_grad, Tensor row_logp, Tensor row_maximum, Tensor row_others)"
-    " -> (Tensor dhidden, Tensor dweight)",
+    " Tensor dweight, Tensor highest, Tensor row_grad, Tensor row_logp, Tensor row_maximum, Tensor row_others,"
+    " bool need_hidden) -> (Tensor dhidden, Tensor dweight)",
 )
 
 
 @_linear_weighted_dpo_backward.register_fake
-def _(grad, hidden, weight, targets, cu_seqlens, dhidden, dweight, *row_values):
-    return torch.empty_like(dhidden), torch.empty_like(dweight)
+def _(grad, hidden, weight, *rest):
+    *_, need_hidden = rest
+    return hidden.new_empty(hidden.shape if need_hidden else 0), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -430,23 +338,24 @@ def _setup_context(ctx, inputs, output):
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)  # zeros for dweight are as large as itself
-    _, dhidden, dweight, *row_values = rest
-    ctx.save_for_backward(hidden, weight, targets, cu_seqlens, dhidden, dweight, *row_values)
+    ctx.save_for_backward(hidden, weight, targets, cu_seqlens, *rest[1:])
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
     saved = ctx.saved_tensors  # once: under activation checkpointing, looking computes them
-    _, _, targets, _, dhidden, dweight, *_ = saved
-    # Where nobody will ask for the saved gradients again, they become the results, without a second (V, D).
+    _, _, targets, _, dhidden, dweight, highest, *_ = saved
+    # Where nobody will ask for the saved tensors again, they become the results, without a second (V, D).
     ends = type(dweight) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()  # and is not traced
-    if ends and _is_one_number(grad, may_wait=reading_is_free(grad)):
+    if ends and highest.shape[1] > 0:
+        dhidden, dweight = _multiply_later(grad, *saved[:4], *saved[5:], ctx.need_hidden, ends=True)
+    elif ends and _is_one_number(grad, may_wait=reading_is_free(grad)):
         dweight.mul_(_one_factor(grad))
         if ctx.need_hidden:
             dhidden.mul_(_one_factor(grad)).masked_fill_((targets == IGNORE)[:, None], 0.0)
     else:
-        dhidden, dweight = _linear_weighted_dpo_backward(grad, *saved)
+        dhidden, dweight = _linear_weighted_dpo_backward(grad, *saved, ctx.need_hidden)
     return dhidden if ctx.need_hidden else None, dweight, None, None, None, None, None, None, None
 
 

@@ -23,30 +23,6 @@
 
 namespace {
 
-// 16 rows of 16 words become 16 columns.
-INLINE void transpose(__m512i x[16]) {
-  __m512i y[16];
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {  // now x[i + j] holds column j of rows i to i + 3, in each quarter
-    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88), b = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
-    const __m512i c = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd), d = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
-    y[j] = _mm512_shuffle_i32x4(a, b, 0x88);
-    y[j + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    y[j + 4] = _mm512_shuffle_i32x4(c, d, 0x88);
-    y[j + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) x[i] = y[i];
-}
-
 // 16 pairs of a row from k on.
 INLINE __m512i load_step(const uint16_t* row, int64_t k, int64_t D) {
   const int64_t left = D - 2 * k;
