@@ -93,7 +93,7 @@ TARGET void multiply(const uint32_t* block, const uint32_t* panel, int64_t pairs
   }
 }
 
-constexpr Product product = {kRows, pack_rows, pack_panel, multiply, nothing, nothing};
+constexpr Product product = {kRows, 1, pack_rows, pack_panel, multiply, nothing, nothing};
 
 bool is_there() {
   __builtin_cpu_init();
@@ -181,7 +181,7 @@ AMX void begin() {
 
 AMX void end() { _tile_release(); }
 
-constexpr Product product = {kMostRows, pack_rows, pack_panel, multiply, begin, end};
+constexpr Product product = {kMostRows, 2, pack_rows, pack_panel, multiply, begin, end};
 
 // A process asks Linux once for the tiles' registers, of 8 KB a thread.
 bool is_there() {

@@ -34,7 +34,8 @@ constexpr int kMostRows = 32;                                         // of a bl
 
 // One way to multiply. The packers put zeros where there are no more rows or no more of D.
 struct Product {
-  int64_t rows;  // of a block
+  int64_t rows;    // of a block
+  int64_t panels;  // that lie in the second level cache together, so that a block is read once for all of them
   // The first `rows` of count rows, stride elements apart, as a block of rows * pairs.
   void (*pack_rows)(const uint16_t* rows, int64_t count, int64_t D, int64_t stride, uint32_t* out);
   // The first 64 of them as a panel of 64 * pairs.

@@ -1,13 +1,15 @@
 // A tile of logits, hidden @ weight.T of bfloat16 kept in float32, which torch has not on CPUs.
 // Meaning: logits_tile in linear_logp_native.py.
 
+#include <algorithm>
+
 #include "bf16_product.h"
 
 #if HAVE_BF16
 
 namespace {
 
-constexpr int64_t kTaskRows = 516;  // a task is so many rows by one panel
+constexpr int64_t kTaskRows = 1032;  // a task is so many rows, or fewer where threads are many, by some panels
 
 TARGET void put(const float* tile, int64_t rows, int64_t columns, float* out, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
@@ -40,15 +42,17 @@ EXPORT int cream_logits_tile(
   const Product* product = bf16_product(isa);
   if (!product) return -1;
   const int64_t rows = product->rows, pairs = pairs_of(D), row_blocks = ceil_div(n, rows);
-  const int64_t groups = ceil_div(n, kTaskRows), task_rows = ceil_div(row_blocks, groups ? groups : 1) * rows;
-  const int64_t panels = ceil_div(c, kColumns);
+  const int64_t at_once = product->panels, strips = ceil_div(c, at_once * kColumns);
+  const int64_t enough = std::min(row_blocks, ceil_div(4 * threads, std::max<int64_t>(strips, 1)));
+  const int64_t groups = std::max({ceil_div(n, kTaskRows), enough, int64_t(1)});
+  const int64_t task_rows = ceil_div(row_blocks, groups) * rows;
   Buffer<uint32_t> blocks = allocate<uint32_t>(row_blocks * rows * pairs);
   if (!blocks) return -2;
   bool no_memory = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Buffer<uint32_t> panel = allocate<uint32_t>(pairs * kColumns);
-    if (!panel) {
+    Buffer<uint32_t> panels = allocate<uint32_t>(at_once * pairs * kColumns);
+    if (!panels) {
 #pragma omp atomic write
       no_memory = true;
     }
@@ -57,16 +61,21 @@ EXPORT int cream_logits_tile(
       product->pack_rows(hidden + b * rows * hidden_stride, n - b * rows, D, hidden_stride,
                          blocks.get() + b * rows * pairs);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < panels * groups; ++task) {
-      if (!panel) continue;
+    for (int64_t task = 0; task < strips * groups; ++task) {
+      if (!panels) continue;
       alignas(64) float tile[kMostRows * kColumns];
-      const int64_t first = task % panels * kColumns, columns = c - first < kColumns ? c - first : kColumns;
-      const int64_t start = task / panels * task_rows, end = start + task_rows < n ? start + task_rows : n;
+      const int64_t first = task % strips * at_once * kColumns, last = std::min(c, first + at_once * kColumns);
+      const int64_t start = task / strips * task_rows, end = std::min(n, start + task_rows);
       product->begin();
-      product->pack_panel(weight + first * weight_stride, columns, D, weight_stride, panel.get());
+      uint32_t* panel = panels.get();
+      for (int64_t v = first; v < last; v += kColumns, panel += pairs * kColumns)
+        product->pack_panel(weight + v * weight_stride, last - v, D, weight_stride, panel);
       for (int64_t r = start; r < end; r += rows) {
-        product->multiply(blocks.get() + r * pairs, panel.get(), pairs, tile);
-        put(tile, end - r < rows ? end - r : rows, columns, out + r * out_stride + first, out_stride);
+        panel = panels.get();
+        for (int64_t v = first; v < last; v += kColumns, panel += pairs * kColumns) {
+          product->multiply(blocks.get() + r * pairs, panel, pairs, tile);
+          put(tile, std::min(rows, end - r), last - v, out + r * out_stride + v, out_stride);
+        }
       }
       product->end();
     }
