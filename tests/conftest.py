@@ -41,6 +41,15 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["native", "torch"])
+def library(request, monkeypatch):
+    """With the C++ library, where there is one, and without it."""
+    from cream_kernels import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_decide", lambda: (None, "left out"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Every byte is a token, plus ChatML's three; pad and end of text are the same token, as in SmolLM2."""

@@ -44,7 +44,7 @@ def assert_no_worse(ours, plain, truth):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
 )
-def test_no_worse_than_torch(N, V, temperature, dtype):
+def test_no_worse_than_torch(N, V, temperature, dtype, library):
     logits, targets = problem(N, V, dtype)
     targets[1::4] = IGNORE
     ours = run(gather_logp, logits, targets, upstream(N), temperature=temperature)

@@ -156,7 +156,7 @@ def test_targets_at_the_edges_of_tiles():
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_tiles_of_any_shape(dtype, frozen, monkeypatch):
+def test_tiles_of_any_shape(dtype, frozen, library, monkeypatch):
     """Maxima move in later tiles, of some rows and of none, and rows are widened a few at a time."""
     monkeypatch.setattr(torch_body, "tile_shape", lambda device, dtype: (7, 13))
     monkeypatch.setattr(torch_body, "FEW_ROWS", 3)

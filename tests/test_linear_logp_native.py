@@ -438,6 +438,20 @@ def test_rows_are_scaled_and_rounded_once(fold):
     assert torch.equal(tile.nan_to_num(9.0), exact.nan_to_num(9.0))
 
 
+def test_rows_are_added_to_wide_ones(fold):
+    g = torch.Generator().manual_seed(9)
+    frame, rows = torch.full((9, 75), 7.0), torch.randn(9, 75, generator=g).bfloat16()[:, 2:-3]
+    total, shrink = torch.randn(9, 70, generator=g), torch.rand(9, generator=g)
+    shrink[1:4] = torch.tensor([0.0, torch.nan, 1.0])
+    for by in (None, shrink):
+        frame[:, 2:-3] = total
+        ours.add_rows_(frame[:, 2:-3], rows, by)
+        exact = total.double() * (1 if by is None else by.double()[:, None]) + rows.double()
+        torch.testing.assert_close(frame[:, 2:-3].double(), exact, rtol=1e-6, atol=1e-7, equal_nan=True)
+        assert (frame[:, :2] == 7).all() and (frame[:, -3:] == 7).all()
+    assert frame[2, 2:-3].isnan().all() and frame[1, 2:-3].equal(rows[1].float())
+
+
 def test_fold_does_not_depend_on_threads(fold):
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(5))
     targets = torch.arange(50)

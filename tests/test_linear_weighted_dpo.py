@@ -115,7 +115,7 @@ def test_fresh_memory_is_not_read(dtype, chunk_tokens, way, nan_in_fresh_memory)
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("retains", [False, True])
-def test_logits_in_the_memory_of_dweight(dtype, retains):
+def test_logits_in_the_memory_of_dweight(dtype, retains, library):
     """One chunk of at most D rows, of three blocks and nine tiles."""
     V, D = 9000, 96
     given, upstream = problem(dtype, V=V, D=D), UPSTREAM["per pair"]
@@ -134,7 +134,7 @@ def test_logits_in_the_memory_of_dweight(dtype, retains):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chunk_tokens", [40, 1000])
-def test_what_targets_add_comes_a_few_rows_at_a_time(dtype, chunk_tokens, monkeypatch):
+def test_what_targets_add_comes_a_few_rows_at_a_time(dtype, chunk_tokens, library, monkeypatch):
     given, upstream = problem(dtype), UPSTREAM["mean"]
     given[2][30:36] = 17  # one token several times, which is rounded once
     together = run(linear_weighted_dpo, *given, upstream=upstream, chunk_tokens=chunk_tokens)

@@ -4,8 +4,8 @@ N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. Th
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
 Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile), why_not_fold, why_not_read or why_not_scale (AVX2:
-fold_tile_, read_rows and write_gradient, scale_rows) first. No result depends on the number of threads, which is
-torch's. Sources: kernels/csrc/{bf16_product,linear_logp,logits_tile,fold}.cpp.
+fold_tile_, read_rows and write_gradient, scale_rows and add_rows_) first, why_not for transpose too. No result depends
+on the number of threads, which is torch's. Sources: bf16_product, linear_logp, logits_tile, fold, transpose.cpp.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def why_not_read(logits: Tensor) -> str | None:
 
 
 def why_not_scale(tile: Tensor) -> str | None:
-    """The same for scale_rows."""
+    """The same for scale_rows and add_rows_, of the bfloat16 operand."""
     return _why_no_passes(tile, torch.bfloat16)
 
 
@@ -245,6 +245,28 @@ def scale_rows(
         scale.data_ptr(),
         out.data_ptr(),
         out.stride(0),
+        torch.get_num_threads(),
+        library.cream_top_p_isa(),
+    )
+    _check(done)
+
+
+def add_rows_(
+    total: Tensor,  # (n, c) float32, columns dense, updated
+    rows: Tensor,  # (n, c) bfloat16, columns dense
+    shrink: Tensor | None = None,  # (n,) float32, what the rows of total are multiplied by first
+) -> None:
+    """total * shrink + rows in one pass, where torch takes one through a float32 copy of the rows."""
+    assert all(x.stride(1) == 1 or x.shape[1] == 1 for x in (total, rows)) and total.shape == rows.shape
+    assert total.dtype == torch.float32 and (shrink is None or shrink.dtype == torch.float32)
+    shrink, library = None if shrink is None else shrink.contiguous(), native.load()
+    done = library.cream_add_rows(
+        total.data_ptr(),
+        *total.shape,
+        total.stride(0),
+        rows.data_ptr(),
+        rows.stride(0),
+        None if shrink is None else shrink.data_ptr(),
         torch.get_num_threads(),
         library.cream_top_p_isa(),
     )

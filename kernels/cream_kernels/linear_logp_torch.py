@@ -179,14 +179,25 @@ def rows_at_once(rows: Tensor) -> int:
     return FEW_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right: within the product where their dtype is total's. A CPU adds other dtypes through a copy,
-    so it does a few rows at a time."""
-    if total.dtype == left.dtype:
+def add_product_(
+    total: Tensor,  # (n, d) wide, updated
+    left: Tensor,  # (n, c), wide or in half precision
+    right: Tensor,  # (c, d)
+    shrink: Tensor | None = None,  # (n,) wide, what the rows of total are multiplied by first
+) -> None:
+    """total * shrink + left @ right: within the product where its dtype is total's, else in one pass in C++ or, since
+    torch adds other dtypes on a CPU through a copy, a few rows at a time."""
+    product = None if total.dtype == left.dtype else torch.mm(left, right)
+    if product is not None and in_cpp.why_not_scale(product) is None:
+        in_cpp.add_rows_(total, product, shrink)
+        return
+    if shrink is not None:
+        shrink_rows_(total, shrink)
+    if product is None:
         total.addmm_(left, right)
         return
     few_rows = rows_at_once(total)
-    for some, added in zip(total.split(few_rows), torch.mm(left, right).split(few_rows), strict=True):
+    for some, added in zip(total.split(few_rows), product.split(few_rows), strict=True):
         some += added
 
 
@@ -328,8 +339,7 @@ def forward(
                 if first == 0:
                     pull[rows] = torch.mm(operand, weight[columns])
                     continue
-                shrink_rows_(pull[rows], shrink)
-                add_product_(pull[rows], operand, weight[columns])
+                add_product_(pull[rows], operand, weight[columns], shrink)
     logp, entropy = statistics.finish()
     maximum, others = statistics.maximum, statistics.others
     if pull is None:

@@ -178,6 +178,18 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]
+    library.cream_add_rows.restype = ctypes.c_int
+    library.cream_add_rows.argtypes = [
+        ctypes.c_void_p,  # total
+        ctypes.c_int64,  # n
+        ctypes.c_int64,  # c
+        ctypes.c_int64,  # row stride
+        ctypes.c_void_p,  # x
+        ctypes.c_int64,  # its row stride
+        ctypes.c_void_p,  # shrink or None
+        ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
+    ]
     library.cream_transpose.restype = ctypes.c_int
     library.cream_transpose.argtypes = [
         ctypes.c_void_p,  # x

@@ -1,6 +1,7 @@
 // One step of the online logsumexp over a tile of float32 logits, in place or rounded to bfloat16 elsewhere; all of its
-// steps over rows of logits that are only read, and the gradient of those; and what a tile's rows are scaled by once the
-// whole is known. Meaning: fold_tile_, read_rows, write_gradient and scale_rows in linear_logp_native.py.
+// steps over rows of logits that are only read, and the gradient of those; what a tile's rows are scaled by once the
+// whole is known; and a product's bfloat16 rows added into float32 ones.
+// Meaning: fold_tile_, read_rows, write_gradient, scale_rows and add_rows_ in linear_logp_native.py.
 //
 // A row of a tile fits into the first level cache, so that its passes (maximum, exponentials and their sum)
 // cost one pass over memory, where torch's cost six. The loops are `omp simd`, as in top_p.cpp, and are compiled for
@@ -157,6 +158,18 @@ typedef void Scale(const uint16_t*, uint16_t*, int64_t, float);
 
 EACH_ISA(SCALE, scaled)
 
+INLINE void add_row(float* total, const uint16_t* x, int64_t c, float shrink) {
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) total[i] = total[i] * shrink + to_float(x[i]);
+}
+
+typedef void Add(float*, const uint16_t*, int64_t, float);
+
+#define ADD(name, target) \
+  target void name(float* total, const uint16_t* x, int64_t c, float shrink) { add_row(total, x, c, shrink); }
+
+EACH_ISA(ADD, added)
+
 }  // namespace
 
 // Returns 0, or -1 for an isa that is not there.
@@ -255,5 +268,24 @@ EXPORT int cream_scale_rows(
   if (!row) return -1;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t r = 0; r < n; ++r) row(tile + r * stride, out + r * out_stride, c, scale[r]);
+  return 0;
+}
+
+// Returns 0, or -1 for an isa that is not there.
+EXPORT int cream_add_rows(
+    float* total,  // (n, c), rows stride elements apart, columns dense
+    int64_t n,
+    int64_t c,
+    int64_t stride,
+    const uint16_t* x,  // (n, c) bfloat16
+    int64_t x_stride,
+    const float* shrink,  // (n,) what total's rows are multiplied by first, or null: 1
+    int threads,
+    int isa               // from cream_top_p_isa, or another one to test it
+) {
+  Add* row = FOR_ISA(added, isa);
+  if (!row) return -1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < n; ++r) row(total + r * stride, x + r * x_stride, c, shrink ? shrink[r] : 1.0f);
   return 0;
 }
