@@ -16,7 +16,7 @@ from cream.config import Config, LoRAConfig, OptimConfig
 
 CARDS_GB = (24, 40, 80)
 # linear_logp's: rows and vocabulary held at once, in float32, by the bytes of a weight
-HEAD_TILE = {"cpu": {2: (1024, 2016), 4: (2048, 1008)}, "cuda": dict.fromkeys((2, 4), (4096, 16384))}
+HEAD_TILE = {"cpu": {2: (2048, 2016), 4: (2048, 1008)}, "cuda": dict.fromkeys((2, 4), (4096, 16384))}
 HEAD_CHUNK = {"cpu": 1024, "cuda": 2048}  # rows of logits that linear_weighted_dpo holds, or one pair's if more
 HEAD_BLOCK = 4032  # vocabulary that it multiplies out at once on a CPU
 BLOCK = 256  # cream.adamw's, which needs torch: parameters whose 8-bit moments share a scale
@@ -299,7 +299,7 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
         return (
             weights,
             Part("activations", tokens * forward_bytes(shape, size, lora)),
-            Part("head", tokens * shape.hidden * 4 + tile_bytes(shape, size, device)),
+            Part("head", tokens * shape.hidden * 4 + tile_bytes(shape, size, device, tokens)),
         )
 
     stages = []
@@ -316,10 +316,10 @@ def plan(config: Config, shape: Shape, dtype: str = "bfloat16", device: str = "c
     return Plan(dtype, shape, tuple(stages), _disk(config, shape, size))
 
 
-def tile_bytes(shape: Shape, size: int, device: str) -> int:
-    """A tile of logits and of the head in float32, and both gradients."""
-    rows, columns = HEAD_TILE[device][size]
-    return 4 * min(columns, shape.vocabulary) * (2 * rows + 2 * shape.hidden)
+def tile_bytes(shape: Shape, size: int, device: str, rows: int) -> int:
+    """A tile of logits of `rows` and of the head in float32, and both gradients."""
+    most_rows, columns = HEAD_TILE[device][size]
+    return 4 * min(columns, shape.vocabulary) * (2 * min(rows, most_rows) + 2 * shape.hidden)
 
 
 def logp_bytes(shape: Shape, size: int, device: str, rows: int, frozen: bool = False) -> int:
@@ -329,8 +329,8 @@ def logp_bytes(shape: Shape, size: int, device: str, rows: int, frozen: bool = F
     """
     wide = rows * shape.hidden * (8 + size)
     if frozen:
-        return wide + tile_bytes(shape, size, device)
-    return wide + shape.vocabulary * shape.hidden * size + tile_bytes(shape, size, device)
+        return wide + tile_bytes(shape, size, device, rows)
+    return wide + shape.vocabulary * shape.hidden * size + tile_bytes(shape, size, device, rows)
 
 
 def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int:
@@ -351,7 +351,7 @@ def dpo_bytes(shape: Shape, size: int, device: str, pair: int, rows: int) -> int
         return rows * D * size + V * max(rows, D) * size + max(up, down)
     logits, gradient = min(rows, most) * V * (size if device == "cpu" else 4), V * D * (4 if size == 4 else 4 + size)
     across = min(rows, most) * min(HEAD_BLOCK, V) * size if device == "cpu" and size == 2 else 0
-    return rows * D * (8 + size) + logits + across + gradient + tile_bytes(shape, size, device)
+    return rows * D * (8 + size) + logits + across + gradient + tile_bytes(shape, size, device, rows)
 
 
 def _training_parts(

@@ -201,7 +201,7 @@ def test_head_on_a_cpu():
     assert few == 512 * D * 2 + V * D * 2 + 4 * (512 * D + 2016 * (512 + D))  # hidden states and tiles in float32
     assert one == 4096 * D * 2 + V * D * 2 + 4096 * (D * 6 + block * 2)  # their gradient, and a block
     assert wider == 8192 * (D * 2 + V * 2) + V * D * 2 + 8192 * (D * 6 + block * 2)
-    tile = 4 * 2016 * (2 * 1024 + 2 * D)
+    tile = 4 * 2016 * (2 * 2048 + 2 * D)
     assert several == 16384 * D * 10 + 4096 * (V + block) * 2 + V * D * 6 + tile
 
 

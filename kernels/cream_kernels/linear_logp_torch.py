@@ -90,14 +90,14 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 def tile_shape(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     """(rows, vocabulary) of a tile for inputs of dtype.
 
-    On a CPU 8 MB of float32 stay in cache. A vendor's product packs its part of the weight anew for every tile of rows,
-    so there should be few; our own of bfloat16 does not, and a wide tile is added into (n, D) less often. Rows a power
-    of two apart would share their lines of a cache, so these are odd multiples of its lines. Elsewhere launches are
-    what costs.
+    On a CPU 8 MB of float32 stay in cache. A product packs its part of the weight anew for every tile of rows, so there
+    should be few. In bfloat16, where products are short, a tile twice as wide is added into (n, D) less often. Rows a
+    power of two apart would share their lines of a cache, so these are odd multiples of its lines. Elsewhere launches
+    are what costs.
     """
     if device.type != "cpu":
         return 4096, 16384
-    return (1024, 2016) if dtype == torch.bfloat16 else (2048, 1008)
+    return (2048, 2016) if dtype == torch.bfloat16 else (2048, 1008)
 
 
 def tiles_room(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # flat
