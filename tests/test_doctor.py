@@ -214,6 +214,8 @@ def test_rows_and_tiles_are_those_of_the_kernels():
             dtype.itemsize: body.tile_shape(torch.device(device), dtype) for dtype in (torch.float32, torch.bfloat16)
         }
         assert HEAD_TILE[name] == shapes
+    sizes = [body.tile_shape(torch.device("cpu"), torch.float32, rows) for rows in (1, 512, 513, 1024, 1025, 9999)]
+    assert sizes == [(512, 4032)] * 2 + [(1024, 2016)] * 2 + [(2048, 1008)] * 2
     assert HEAD_CHUNK == {"cpu": body.CHUNK_ROWS, "cuda": tiles.CHUNK_ROWS}
     assert HEAD_BLOCK == linear_weighted_dpo_torch.BLOCK
 

@@ -158,7 +158,7 @@ def test_targets_at_the_edges_of_tiles():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_tiles_of_any_shape(dtype, frozen, library, monkeypatch):
     """Maxima move in later tiles, of some rows and of none, and rows are widened a few at a time."""
-    monkeypatch.setattr(torch_body, "tile_shape", lambda device, dtype: (7, 13))
+    monkeypatch.setattr(torch_body, "tile_shape", lambda *_: (7, 13))
     monkeypatch.setattr(torch_body, "FEW_ROWS", 3)
     hidden, weight, targets = problem(23, 150, 16, dtype)
     bias = torch.zeros(150, dtype=dtype)

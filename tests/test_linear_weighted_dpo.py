@@ -116,7 +116,7 @@ def test_fresh_memory_is_not_read(dtype, chunk_tokens, way, nan_in_fresh_memory)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("retains", [False, True])
 def test_logits_in_the_memory_of_dweight(dtype, retains, library):
-    """One chunk of at most D rows, of three blocks and nine tiles."""
+    """One chunk of at most D rows, of three blocks; in bfloat16 of five tiles."""
     V, D = 9000, 96
     given, upstream = problem(dtype, V=V, D=D), UPSTREAM["per pair"]
     given[2][8:14] = 17  # one token several times, in a pair that counts

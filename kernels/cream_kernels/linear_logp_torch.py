@@ -87,8 +87,8 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def tile_shape(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-    """(rows, vocabulary) of a tile for inputs of dtype.
+def tile_shape(device: torch.device, dtype: torch.dtype, num_rows: int | None = None) -> tuple[int, int]:
+    """(rows, vocabulary) of a tile for inputs of dtype; where there are no more than num_rows, fewer and wider.
 
     On a CPU 8 MB of float32 stay in cache. A product packs its part of the weight anew for every tile of rows, so there
     should be few. In bfloat16, where products are short, a tile twice as wide is added into (n, D) less often. Rows a
@@ -97,12 +97,15 @@ def tile_shape(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     """
     if device.type != "cpu":
         return 4096, 16384
-    return (2048, 2016) if dtype == torch.bfloat16 else (2048, 1008)
+    if dtype == torch.bfloat16:
+        return 2048, 2016
+    rows = next(rows for rows in (512, 1024, 2048) if rows == 2048 or (num_rows is not None and num_rows <= rows))
+    return rows, 1008 * (2048 // rows)
 
 
-def tiles_room(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # flat
+def tiles_room(hidden: Tensor, weight: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:  # flat
     """Room for any tile, to be taken once: memory fresh from the system comes page by page."""
-    num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
+    num_rows, num_columns = shape
     return hidden.new_empty(min(hidden.shape[0], num_rows) * min(weight.shape[0], num_columns), dtype=dtype)
 
 
@@ -316,12 +319,12 @@ def forward(
         logp, entropy = statistics.finish()
         return logp, statistics.maximum, statistics.others, None, entropy
     dtype = wide_dtype(hidden)
-    num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
+    shape = num_rows, num_columns = tile_shape(hidden.device, hidden.dtype, hidden.shape[0])
     products = Products.of(hidden, weight, bias, squash)
     statistics = Statistics.empty(hidden.shape[0], hidden, want_entropy)
-    room = tiles_room(hidden, weight, dtype)
+    room = tiles_room(hidden, weight, dtype, shape)
     rounds = keep_direction and squash.ceiling == 0 and weight.dtype != dtype
-    rounded_room = tiles_room(hidden, weight, weight.dtype) if rounds else None
+    rounded_room = tiles_room(hidden, weight, weight.dtype, shape) if rounds else None
     # sum over v != y of exp(z_v - maximum) dz_v/dx_v / factor weight[v], rescaled whenever the maximum moves
     pull = hidden.new_empty(hidden.shape, dtype=dtype) if keep_direction else None
     for first in range(0, weight.shape[0], num_columns):
@@ -369,7 +372,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # dhidden (n, D) wide, dweight (V, D), dbias (V,)
     """Recompute the logits tile by tile and multiply their derivatives out."""
     dtype = wide_dtype(hidden)
-    num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)
+    shape = num_rows, num_columns = tile_shape(hidden.device, hidden.dtype)  # one of dweight is as wide
     products = Products.of(hidden, weight, bias, squash)
     grad = grad * squash.factor
     at_others, at_target = -grad * share_of_others(logp, others), -grad * torch.expm1(logp)
@@ -379,7 +382,7 @@ def gradients(
     dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     dbias = weight.new_empty(weight.shape[0]) if need_bias else None
-    room = tiles_room(hidden, weight, dtype)
+    room = tiles_room(hidden, weight, dtype, shape)
     across = transposed_room(weight, room.numel() if need_weight else 0)
     # Vocabulary outside, rows inside: a tile of dweight is summed over all rows in float32 and rounded once.
     for first in range(0, weight.shape[0], num_columns):

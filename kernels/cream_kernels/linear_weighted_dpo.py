@@ -155,8 +155,8 @@ def _defers(hidden: Tensor, num_pairs: int, chunk_tokens: int) -> bool:
     return reading_is_free(hidden) and 0 < num_rows and (num_rows <= chunk_tokens or num_pairs == 1)
 
 
-def _num_tiles(weight: Tensor) -> int:
-    return -(-weight.shape[0] // tile_shape(weight.device, weight.dtype)[1])
+def _num_tiles(weight: Tensor, num_rows: int) -> int:
+    return -(-weight.shape[0] // tile_shape(weight.device, weight.dtype, num_rows)[1])
 
 
 def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chunk_tokens, need_hidden):
@@ -180,6 +180,7 @@ def _run(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, c
         loss, logp, dhidden, dweight, highest, row_values = forward(
             hidden,
             weight,
+            Blocks.of(weight, num_rows),
             targets,
             ignored,
             bounds,
@@ -241,7 +242,7 @@ def _(hidden, weight, targets, cu_seqlens, reference_logp, agreement, beta, chun
         torch.empty_like(reference_logp, memory_format=torch.contiguous_format),
         hidden.new_empty(hidden.shape if need_hidden and not defers else 0),
         weight.new_empty(weight.shape[0], _room(hidden) if defers else weight.shape[1]),
-        wide(num_rows, _num_tiles(weight) if defers else 0),
+        wide(num_rows, _num_tiles(weight, num_rows) if defers else 0),
         *(wide(num_rows) for _ in range(4)),
     )
 
@@ -280,7 +281,7 @@ def _multiply_later(
     kept, model_dtype = rows_that_count(targets, V), hidden.dtype
     if kept is not None:
         hidden, targets, highest, *rows = (x.index_select(0, kept) for x in (hidden, targets, highest, *rows))
-    blocks, inside = Blocks.of(weight), held.shape[1] == D
+    blocks, inside = Blocks.of(weight, num_rows), held.shape[1] == D
     of_a_block = len(targets) * blocks.most_columns
     across = transposed_room(weight, of_a_block)
     logits = places = blocks.within(held, len(targets))

@@ -66,8 +66,9 @@ class Blocks(NamedTuple):
     num_columns: int  # of each tile but the last
 
     @classmethod
-    def of(cls, weight: Tensor) -> Blocks:
-        num_columns, V = tile_shape(weight.device, weight.dtype)[1], weight.shape[0]
+    def of(cls, weight: Tensor, num_rows: int) -> Blocks:
+        """For that many rows in all."""
+        num_columns, V = tile_shape(weight.device, weight.dtype, num_rows)[1], weight.shape[0]
         size = max(BLOCK, num_columns)
         return cls([slice(first, min(first + size, V)) for first in range(0, V, size)], num_columns)
 
@@ -87,6 +88,7 @@ class Blocks(NamedTuple):
 def forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
+    blocks: Blocks,
     targets: Tensor,  # (N,) in [0, V)
     ignored: Tensor | None,  # (N,) bool, rows to count as 0; None where values may be looked at, and none is left
     bounds: list[int],  # 2P + 1, where each sequence starts, and N
@@ -105,7 +107,7 @@ def forward(
     V, dtype = weight.shape[0], wide_dtype(hidden)
     most_rows = tile_shape(hidden.device, hidden.dtype)[0]
     products, wide = Products.of(hidden, weight, None, PLAIN), functools.partial(hidden.new_empty, dtype=dtype)
-    blocks, chunks = Blocks.of(weight), pair_chunks(bounds, chunk_tokens)
+    chunks = pair_chunks(bounds, chunk_tokens)
     longest = max((rows.stop - rows.start for *_, rows in chunks), default=0)
     wide_tile = wide(0 if weight.dtype == dtype else min(longest, most_rows) * blocks.num_columns)
     loss, logp = wide(len(bounds) // 2), wide(len(bounds) - 1)
