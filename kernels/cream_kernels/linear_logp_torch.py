@@ -88,12 +88,12 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def tile_shape(device: torch.device, dtype: torch.dtype, num_rows: int | None = None) -> tuple[int, int]:
-    """(rows, vocabulary) of a tile for inputs of dtype; where there are no more than num_rows, fewer and wider.
+    """(rows, vocabulary) of a tile for inputs of dtype; wider where there are no more rows than a small num_rows.
 
     On a CPU 8 MB of float32 stay in cache. A product packs its part of the weight anew for every tile of rows, so there
     should be few. In bfloat16, where products are short, a tile twice as wide is added into (n, D) less often. Rows a
-    power of two apart would share their lines of a cache, so these are odd multiples of its lines. Elsewhere launches
-    are what costs.
+    power of two apart would share their lines of a cache, so these are multiples of 63 lines. Elsewhere launches are
+    what costs.
     """
     if device.type != "cpu":
         return 4096, 16384
