@@ -100,6 +100,38 @@ def tile_of_logits(n: int, D: int, c: int) -> tuple[Tensor, dict[str, Callable]]
     }
 
 
+def product(left: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Callable]]:
+    out = torch.empty(left.shape[0], right.shape[1])
+    return left.double() @ right.double(), {
+        "native": lambda: ours.multiply(left, right, out),
+        "cream torch": lambda: torch.mm(left.float(), right.float(), out=out),
+    }
+
+
+def product_logits(n: int, D: int, c: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Callable]]:
+    hidden, weight, _ = problem(n, D, c)
+    return product(hidden.to(dtype), weight.to(dtype).T)
+
+
+def product_dhidden(n: int, D: int, c: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Callable]]:
+    hidden, weight, _ = problem(n, D, c)
+    return product((hidden @ weight.T).to(dtype), weight.to(dtype))
+
+
+def product_dweight(n: int, D: int, c: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Callable]]:
+    hidden, weight, _ = problem(n, D, c)
+    return product((hidden @ weight.T).to(dtype).T, hidden.to(dtype))
+
+
+PRODUCTS = {"logits": product_logits, "dhidden of a tile": product_dhidden, "dweight of a tile": product_dweight}
+
+
+def why_not(asked: Callable[[Tensor, Tensor], str | None], dtype: torch.dtype) -> str | None:
+    """Of operands with rows enough."""
+    operand = torch.empty(TILE[0], 2, dtype=dtype)
+    return asked(operand, operand)
+
+
 def fold_of_a_tile(n: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
     """The sum of exponentials. Copying the logits into the tile is timed with it."""
     g = torch.Generator().manual_seed(2)
@@ -188,8 +220,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pieces", nargs="*", help="only those whose name begins so")
     args = parser.parse_args()
-    a_row = torch.empty(1, 2, dtype=torch.bfloat16)
-    if reason := ours.why_not(a_row, a_row):
+    if reason := ours.why_not_fold(torch.empty(1, 2)):
         raise SystemExit(f"nothing to measure: {reason}")
     n, c = TILE
     pieces = [("fold tile", [n, c], partial(fold_of_a_tile, n, c))]
@@ -200,8 +231,15 @@ def main() -> None:
         pieces.append((f"decode attention, {name}", [160, 150], partial(decoding, 160, 150, getattr(torch, name))))
     for model in args.models:
         D, V = MODELS[model]
-        pieces += [(f"score, {model}", [N, D, V], partial(head, N, D, V)) for N in args.rows]
-        pieces += [(f"logits tile, {model}", [n, D, c], partial(tile_of_logits, n, D, c))]
+        if why_not(ours.why_not, torch.bfloat16) is None:
+            pieces += [(f"score, {model}", [N, D, V], partial(head, N, D, V)) for N in args.rows]
+            pieces += [(f"logits tile, {model}", [n, D, c], partial(tile_of_logits, n, D, c))]
+        for dtype in (torch.float32, torch.bfloat16):
+            if why_not(ours.why_not_multiply, dtype) is None:
+                pieces += [
+                    (f"{name}, {str(dtype).removeprefix('torch.')}, {model}", [n, D, c], partial(make, n, D, c, dtype))
+                    for name, make in PRODUCTS.items()
+                ]
     rows = []
     for piece, shape, prepare in pieces:
         if args.pieces and not piece.startswith(tuple(args.pieces)):

@@ -41,13 +41,36 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["native", "torch"])
-def library(request, monkeypatch):
-    """With the C++ library, where there is one, and without it."""
-    from cream_kernels import native
+class Processor:
+    """The native library, but that some of its questions to the processor have other answers."""
 
-    if request.param == "torch":
+    def __init__(self, **answers):
+        from cream_kernels import native
+
+        self.library, self.answers = native.load(), answers
+        if self.library is None:
+            pytest.skip(f"no native library: {native.why_not()}")
+
+    def __getattr__(self, name):
+        return (lambda *_: self.answers[name]) if name in self.answers else getattr(self.library, name)
+
+
+@pytest.fixture(params=["native", "torch", "AVX2", "torch without bfloat16"])
+def library(request, monkeypatch):
+    """With the C++ library, where there is one, and without it; on this CPU, and as on one that has no AVX-512 and
+    does not multiply bfloat16."""
+    from cream_kernels import linear_logp_native, native, products
+
+    if request.param == "AVX2":
+        processor = Processor(cream_bf16_isa=0, cream_multiply_serves=1)
+        if processor.cream_top_p_isa() == 0:
+            pytest.skip("this processor has no AVX2")
+        monkeypatch.setattr(native, "load", lambda: processor)
+        monkeypatch.setattr(linear_logp_native, "FEW_ROWS", 1)
+    if request.param.startswith("torch"):
         monkeypatch.setattr(native, "_decide", lambda: (None, "left out"))
+    if request.param in ("AVX2", "torch without bfloat16"):
+        monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")

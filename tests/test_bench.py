@@ -268,22 +268,29 @@ def test_all_benchmarks_share_the_time(monkeypatch):
     assert until("--small", "--until", "inf") == [math.inf] * 5
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        lambda: native_bench.head(9, 16, 300),
-        lambda: native_bench.tile_of_logits(9, 16, 30),
-        lambda: native_bench.fold_of_a_tile(9, 30),
-        lambda: native_bench.scale_of_a_tile(9, 30),
-        lambda: native_bench.rows_of_logits(9, 300, torch.float32),
-        lambda: native_bench.rows_of_logits(9, 300, torch.bfloat16),
-        lambda: native_bench.decoding(10, 8, torch.float32),
-    ],
-)
-def test_a_native_piece_is_what_it_replaces(piece):
-    a_row = torch.empty(1, 2, dtype=torch.bfloat16)
-    if reason := linear_logp_native.why_not(a_row, a_row):
+NEEDS_BFLOAT16 = ("score", "logits tile")
+NATIVE_PIECES = {
+    "score": lambda: native_bench.head(9, 16, 300),
+    "logits tile": lambda: native_bench.tile_of_logits(9, 16, 30),
+    "logits": lambda: native_bench.product_logits(9, 16, 30, torch.float32),
+    "dhidden": lambda: native_bench.product_dhidden(9, 16, 30, torch.bfloat16),
+    "dweight": lambda: native_bench.product_dweight(9, 16, 30, torch.bfloat16),
+    "fold": lambda: native_bench.fold_of_a_tile(9, 30),
+    "scale": lambda: native_bench.scale_of_a_tile(9, 30),
+    "gather_logp, float32": lambda: native_bench.rows_of_logits(9, 300, torch.float32),
+    "gather_logp, bfloat16": lambda: native_bench.rows_of_logits(9, 300, torch.bfloat16),
+    "decode attention": lambda: native_bench.decoding(10, 8, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE_PIECES)
+def test_a_native_piece_is_what_it_replaces(name):
+    half, tile = torch.empty(1, 2, dtype=torch.bfloat16), torch.empty(1, 2)
+    if reason := linear_logp_native.why_not_fold(tile) or (
+        linear_logp_native.why_not(half, half) if name in NEEDS_BFLOAT16 else None
+    ):
         pytest.skip(reason)
+    piece = NATIVE_PIECES[name]
     truth, run = piece()
     errors = native_bench.check(truth, run)
     assert errors.keys() == run.keys() - {native_bench.LOGITS_ONLY} and len(errors) > 1

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cream_kernels import IGNORE, linear_logp, reference
+from cream_kernels import IGNORE, linear_logp, products, reference
 from cream_kernels import linear_logp_torch as torch_body
 
 module = sys.modules["cream_kernels.linear_logp"]  # the package's attribute of that name is the function
@@ -159,7 +159,7 @@ def test_targets_at_the_edges_of_tiles():
 def test_tiles_of_any_shape(dtype, frozen, library, monkeypatch):
     """Maxima move in later tiles, of some rows and of none, and rows are widened a few at a time."""
     monkeypatch.setattr(torch_body, "tile_shape", lambda *_: (7, 13))
-    monkeypatch.setattr(torch_body, "FEW_ROWS", 3)
+    monkeypatch.setattr(products, "FEW_ROWS", 3)
     hidden, weight, targets = problem(23, 150, 16, dtype)
     bias = torch.zeros(150, dtype=dtype)
     bias[140:] = 20.0  # the columns of the last tile are far above the others
@@ -464,3 +464,16 @@ def test_says_what_does_not_fit(change, message):
     good = dict(hidden=torch.zeros(3, 4), weight=torch.zeros(6, 4), targets=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=message):
         linear_logp(**(good | change))
+
+
+@pytest.mark.parametrize(
+    "found, multiplies", [("avx512_bf16", True), ("amx_bf16", True), ("bf16", True), ("avx2", False)]
+)
+def test_whether_a_cpu_multiplies_bfloat16(found, multiplies, monkeypatch):
+    names = ("avx2", "avx512_bf16", "amx_bf16", "bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: name == found for name in names}, raising=False)
+    products._cpu_multiplies_bfloat16.cache_clear()
+    dtype = products.operand_dtype(torch.empty(1, dtype=torch.bfloat16))
+    products._cpu_multiplies_bfloat16.cache_clear()
+    assert dtype == (torch.bfloat16 if multiplies else torch.float32)
+    assert products.operand_dtype(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16

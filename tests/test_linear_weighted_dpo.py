@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cream_kernels import IGNORE, linear_logp, linear_weighted_dpo, reference, weighted_dpo
-from cream_kernels import linear_logp_torch as torch_body
+from cream_kernels import IGNORE, linear_logp, linear_weighted_dpo, products, reference, weighted_dpo
 
 module = sys.modules["cream_kernels.linear_weighted_dpo"]  # the package's attribute of that name is the function
 SEVERAL = 40  # chunk_tokens that make several chunks of the problem's pairs, all of which are one chunk otherwise
@@ -138,7 +137,7 @@ def test_what_targets_add_comes_a_few_rows_at_a_time(dtype, chunk_tokens, librar
     given, upstream = problem(dtype), UPSTREAM["mean"]
     given[2][30:36] = 17  # one token several times, which is rounded once
     together = run(linear_weighted_dpo, *given, upstream=upstream, chunk_tokens=chunk_tokens)
-    monkeypatch.setattr(torch_body, "FEW_ROWS", 3)
+    monkeypatch.setattr(products, "FEW_ROWS", 3)
     for ours, whole in zip(run(linear_weighted_dpo, *given, upstream=upstream, chunk_tokens=chunk_tokens), together,
                            strict=True):  # fmt: skip
         assert ours.equal(whole)

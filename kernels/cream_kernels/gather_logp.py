@@ -19,8 +19,8 @@ from .linear_logp_torch import (
     scatter_rows,
     share_of_others,
     take_targets_,
-    wide_dtype,
 )
+from .products import wide_dtype
 from .reference import IGNORE
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from . import linear_logp_torch, tiles
-from .linear_logp_torch import Squash, rows_that_count, scatter_rows, wide_dtype
+from .linear_logp_torch import Squash, rows_that_count, scatter_rows
+from .products import wide_dtype
 from .reference import IGNORE
 
 # One namespace per package, so that a vendored copy of this folder and an installed one can be loaded together.

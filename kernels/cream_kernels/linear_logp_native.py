@@ -1,11 +1,12 @@
-"""linear_logp's pieces in C++ for CPUs: bfloat16 products that keep float32, and the passes over logits in one.
+"""linear_logp's pieces in C++ for CPUs: products that keep float32, and the passes over logits in one.
 
 N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
-Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile), why_not_fold, why_not_read or why_not_scale (AVX2:
-fold_tile_, read_rows and write_gradient, scale_rows and add_rows_) first, why_not for transpose too. No result depends
-on the number of threads, which is torch's. Sources: bf16_product, linear_logp, logits_tile, fold, transpose.cpp.
+Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile, transpose), why_not_multiply (AVX2 and no AVX-512:
+multiply), why_not_fold, why_not_read or why_not_scale (AVX2: fold_tile_, read_rows and write_gradient, scale_rows and
+add_rows_) first. No result depends on the number of threads, which is torch's. Sources: bf16_product, linear_logp,
+logits_tile, multiply, fold, transpose.cpp.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from . import native
+
+FEW_ROWS = 32  # of a left operand, below which multiply is no faster than a BLAS, and less exact
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
@@ -26,6 +29,20 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     if library is None:
         return native.why_not()
     return None if library.cream_bf16_isa() else "this processor has no AVX512-BF16, or the compiler had none"
+
+
+def why_not_multiply(left: Tensor, right: Tensor) -> str | None:
+    """The same for multiply; where it can and something else is faster, that is a reason too."""
+    for operand in (left, right):
+        if operand.device.type != "cpu" or operand.dtype not in (torch.float32, torch.bfloat16):
+            return f"the native products are of float32 and bfloat16 on a CPU, not {operand.dtype} on {operand.device}"
+    if left.shape[0] < FEW_ROWS:
+        return f"{left.shape[0]} rows are few"
+    library = native.load()
+    if library is None:
+        return native.why_not()
+    half = torch.bfloat16 in (left.dtype, right.dtype)
+    return None if library.cream_multiply_serves(half) else "this processor has a faster product, or no AVX2"
 
 
 def why_not_fold(tile: Tensor) -> str | None:
@@ -122,6 +139,35 @@ def logits_tile(
         library.cream_bf16_isa() if isa is None else isa,
     )
     _check(done)
+    return out
+
+
+def multiply(
+    left: Tensor,  # (n, m) float32 or bfloat16, any strides
+    right: Tensor,  # (m, c) float32 or bfloat16, any strides
+    out: Tensor,  # (n, c) float32, columns dense
+    adds: bool = False,
+) -> Tensor:  # out
+    """left @ right, or out + left @ right where adds; sums in float32. Only what is multiplied next of either
+    operand is copied."""
+    assert out.dtype == torch.float32 and (out.stride(1) == 1 or out.shape[1] == 1)
+    assert out.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
+    _check(
+        native.load().cream_multiply(
+            left.data_ptr(),
+            left.dtype == torch.bfloat16,
+            *left.stride(),
+            right.data_ptr(),
+            right.dtype == torch.bfloat16,
+            *right.stride(),
+            *left.shape,
+            right.shape[1],
+            out.data_ptr(),
+            out.stride(0),
+            adds,
+            torch.get_num_threads(),
+        )
+    )
     return out
 
 

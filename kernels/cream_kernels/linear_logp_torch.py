@@ -15,9 +15,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import linear_logp_native as in_cpp
+from .products import (
+    add_product_,
+    operand_dtype,
+    put_product,
+    rows_at_once,
+    tile_in,
+    transposed,
+    transposed_room,
+    wide_dtype,
+)
 from .reference import IGNORE
-
-FEW_ROWS = 128  # of D numbers, that a CPU widens at once
 
 
 class Squash(NamedTuple):
@@ -82,11 +90,6 @@ def share_of_others(logp: Tensor, others: Tensor) -> Tensor:  # (n,) each
     return torch.where(others == 0, 0.0, -torch.expm1(logp) / others)
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype to accumulate in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def tile_shape(device: torch.device, dtype: torch.dtype, num_rows: int | None = None) -> tuple[int, int]:
     """(rows, vocabulary) of a tile for inputs of dtype; wider where there are no more rows than a small num_rows.
 
@@ -107,24 +110,6 @@ def tiles_room(hidden: Tensor, weight: Tensor, dtype: torch.dtype, shape: tuple[
     """Room for any tile, to be taken once: memory fresh from the system comes page by page."""
     num_rows, num_columns = shape
     return hidden.new_empty(min(hidden.shape[0], num_rows) * min(weight.shape[0], num_columns), dtype=dtype)
-
-
-def tile_in(room: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """(n, c) at the beginning of room. Dense: oneDNN's AMX product of bfloat16 takes in what lies between rows, and
-    turns a nan there into nan results."""
-    return room[: num_rows * num_columns].view(num_rows, num_columns)
-
-
-def shrink_rows_(rows: Tensor, shrink: Tensor) -> None:
-    """rows (n, D) times shrink (n,), most of which is 1: maxima seldom move. A CPU leaves those rows alone."""
-    if rows.device.type != "cpu":
-        rows.mul_(shrink[:, None])
-        return
-    moved = (shrink != 1).nonzero()[:, 0]
-    if moved.numel() == shrink.numel():
-        rows.mul_(shrink[:, None])
-    elif moved.numel():
-        rows.index_copy_(0, moved, rows.index_select(0, moved).mul_(shrink[moved, None]))
 
 
 def rows_that_count(targets: Tensor, num_classes: int) -> Tensor | None:
@@ -159,7 +144,7 @@ class Products(NamedTuple):
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, squash: Squash) -> Products:
-        served = in_cpp.why_not(hidden, weight) is None
+        served = in_cpp.why_not(hidden, weight) is None or in_cpp.why_not_multiply(hidden, weight) is None
         return cls(hidden if served else hidden.to(wide_dtype(hidden)), weight, bias, squash)
 
     def tile(self, rows: slice, columns: slice, room: Tensor) -> Tensor:
@@ -168,55 +153,13 @@ class Products(NamedTuple):
 
     def into(self, out: Tensor, rows: slice, columns: slice) -> Tensor:  # (n, c) wide, becomes the logits
         hidden, weight = self.hidden[rows], self.weight[columns]
-        if hidden.dtype == torch.bfloat16:
+        if in_cpp.why_not(hidden, weight) is None:
             in_cpp.logits_tile(hidden, weight, out)
         else:
-            torch.mm(hidden, weight.to(hidden.dtype).T, out=out)
+            put_product(out, hidden, weight.T)
         if self.bias is not None:
             out += self.bias[columns]
         return self.squash(out)
-
-
-def rows_at_once(rows: Tensor) -> int:
-    """Of (n, D), where a wide copy of all would be needless memory."""
-    return FEW_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
-
-
-def add_product_(
-    total: Tensor,  # (n, d) wide, updated
-    left: Tensor,  # (n, c), wide or in half precision
-    right: Tensor,  # (c, d)
-    shrink: Tensor | None = None,  # (n,) wide, what the rows of total are multiplied by first
-) -> None:
-    """total * shrink + left @ right: within the product where its dtype is total's, else in one pass in C++ or, since
-    torch adds other dtypes on a CPU through a copy, a few rows at a time."""
-    product = None if total.dtype == left.dtype else torch.mm(left, right)
-    if product is not None and in_cpp.why_not_scale(product) is None:
-        in_cpp.add_rows_(total, product, shrink)
-        return
-    if shrink is not None:
-        shrink_rows_(total, shrink)
-    if product is None:
-        total.addmm_(left, right)
-        return
-    few_rows = rows_at_once(total)
-    for some, added in zip(total.split(few_rows), product.split(few_rows), strict=True):
-        some += added
-
-
-def transposed_room(coefficients: Tensor, num_elements: int) -> Tensor:  # flat
-    """What `transposed` needs for matrices of so many elements that are like these coefficients."""
-    return coefficients.new_empty(num_elements if in_cpp.why_not(coefficients, coefficients) is None else 0)
-
-
-def transposed(
-    coefficients: Tensor,  # (n, c)
-    room: Tensor,
-) -> Tensor:  # (c, n)
-    """A product's left operand: dense where it is bfloat16, since oneDNN takes twice as long of one that is not."""
-    if room.numel() == 0:
-        return coefficients.T
-    return in_cpp.transpose(coefficients, tile_in(room, *coefficients.shape[::-1]))
 
 
 def take_targets_(
@@ -323,8 +266,9 @@ def forward(
     products = Products.of(hidden, weight, bias, squash)
     statistics = Statistics.empty(hidden.shape[0], hidden, want_entropy)
     room = tiles_room(hidden, weight, dtype, shape)
-    rounds = keep_direction and squash.ceiling == 0 and weight.dtype != dtype
-    rounded_room = tiles_room(hidden, weight, weight.dtype, shape) if rounds else None
+    operands = operand_dtype(weight)
+    rounds = keep_direction and squash.ceiling == 0 and operands != dtype
+    rounded_room = tiles_room(hidden, weight, operands, shape) if rounds else None
     # sum over v != y of exp(z_v - maximum) dz_v/dx_v / factor weight[v], rescaled whenever the maximum moves
     pull = hidden.new_empty(hidden.shape, dtype=dtype) if keep_direction else None
     for first in range(0, weight.shape[0], num_columns):
@@ -338,11 +282,11 @@ def forward(
             if pull is not None:
                 if bend is not None:
                     tile.mul_(bend)
-                operand = tile.to(weight.dtype) if rounded is None else rounded
+                left = tile.to(operands) if rounded is None else rounded
                 if first == 0:
-                    pull[rows] = torch.mm(operand, weight[columns])
+                    put_product(pull[rows], left, weight[columns])
                     continue
-                add_product_(pull[rows], operand, weight[columns], shrink)
+                add_product_(pull[rows], left, weight[columns], shrink)
     logp, entropy = statistics.finish()
     maximum, others = statistics.maximum, statistics.others
     if pull is None:
@@ -383,11 +327,11 @@ def gradients(
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
     dbias = weight.new_empty(weight.shape[0]) if need_bias else None
     room = tiles_room(hidden, weight, dtype, shape)
-    across = transposed_room(weight, room.numel() if need_weight else 0)
+    across, operands = transposed_room(weight, room.numel() if need_weight else 0), operand_dtype(weight)
     # Vocabulary outside, rows inside: a tile of dweight is summed over all rows in float32 and rounded once.
     for first in range(0, weight.shape[0], num_columns):
         columns = slice(first, min(first + num_columns, weight.shape[0]))
-        dweight_tile = torch.zeros_like(weight[columns], dtype=dtype) if need_weight else None
+        dweight_tile = weight.new_zeros(weight[columns].shape, dtype=dtype) if need_weight else None
         dbias_tile = weight.new_zeros(columns.stop - first, dtype=dtype) if need_bias else None
         for start in range(0, hidden.shape[0], num_rows):
             rows = slice(start, start + num_rows)
@@ -402,7 +346,7 @@ def gradients(
             if dbias_tile is not None:
                 dbias_tile += at_others[rows] @ tile
                 dbias_tile.index_add_(0, own, at_own)
-            coefficients = coefficients_(tile, at_others[rows], weight.dtype)
+            coefficients = coefficients_(tile, at_others[rows], operands)
             if dhidden is not None:
                 add_product_(dhidden[rows], coefficients, weight[columns])
             if dweight_tile is not None:

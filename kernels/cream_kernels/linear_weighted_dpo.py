@@ -22,8 +22,9 @@ from .linear_logp import (
     linear_logp,
     triton_serves,
 )
-from .linear_logp_torch import rows_that_count, scatter_rows, tile_shape, transposed_room, wide_dtype
+from .linear_logp_torch import rows_that_count, scatter_rows, tile_shape
 from .linear_weighted_dpo_torch import PLAIN, Blocks, forward, margin_of, multiply_out, pair_chunks, sum_sequences
+from .products import transposed_room, wide_dtype
 from .reference import IGNORE
 from .weighted_dpo import weighted_dpo
 

@@ -17,14 +17,18 @@ from .linear_logp_torch import (
     Products,
     Squash,
     Statistics,
-    add_product_,
     add_target_weights_,
     fold_tile_,
-    rows_at_once,
     scale_rows,
     share_of_others,
-    tile_in,
     tile_shape,
+)
+from .products import (
+    add_product_,
+    operand_dtype,
+    put_product,
+    rows_at_once,
+    tile_in,
     transposed,
     transposed_room,
     wide_dtype,
@@ -69,7 +73,8 @@ class Blocks(NamedTuple):
     def of(cls, weight: Tensor, num_rows: int) -> Blocks:
         """For that many rows in all."""
         num_columns, V = tile_shape(weight.device, weight.dtype, num_rows)[1], weight.shape[0]
-        size = max(BLOCK, num_columns)
+        # Wide copies of what is multiplied out had better be small.
+        size = max(BLOCK, num_columns) if operand_dtype(weight) == weight.dtype else num_columns
         return cls([slice(first, min(first + size, V)) for first in range(0, V, size)], num_columns)
 
     @property
@@ -183,13 +188,7 @@ def multiply_out(
             scale_rows(tile, next(scales), out)
         if dhidden is not None:
             add_product_(dhidden, place, weight[columns])
-        left = transposed(place, across)
-        if adds:
-            add_product_(dweight[columns], left, hidden)
-        elif dweight.dtype == left.dtype:
-            torch.mm(left, hidden, out=dweight[columns])
-        else:
-            dweight[columns] = torch.mm(left, hidden)
+        (add_product_ if adds else put_product)(dweight[columns], transposed(place, across), hidden)
     at_target = -row_grad * torch.expm1(row_logp)
     if dhidden is not None:
         add_target_weights_(dhidden, at_target, weight, targets)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 7  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 8  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -189,6 +189,26 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,  # shrink or None
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
+    ]
+    library.cream_multiply_serves.restype = ctypes.c_int
+    library.cream_multiply_serves.argtypes = [ctypes.c_int]  # half
+    library.cream_multiply.restype = ctypes.c_int
+    library.cream_multiply.argtypes = [
+        ctypes.c_void_p,  # left
+        ctypes.c_int,  # left_is_bf16
+        ctypes.c_int64,  # its row stride, elements
+        ctypes.c_int64,  # its column stride
+        ctypes.c_void_p,  # right
+        ctypes.c_int,  # right_is_bf16
+        ctypes.c_int64,  # its row stride
+        ctypes.c_int64,  # its column stride
+        ctypes.c_int64,  # n
+        ctypes.c_int64,  # m
+        ctypes.c_int64,  # c
+        ctypes.c_void_p,  # out
+        ctypes.c_int64,  # its row stride
+        ctypes.c_int,  # adds
+        ctypes.c_int,  # threads
     ]
     library.cream_transpose.restype = ctypes.c_int
     library.cream_transpose.argtypes = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .linear_logp import NAMESPACE, triton_serves
-from .linear_logp_torch import wide_dtype
+from .products import wide_dtype
 
 
 def weighted_dpo(
