@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.shapes import HEADS
+from cream_kernels.products import multiplies_halves
 
 # Seconds of timed turns a case, three turns at least
 BUDGET = {"tiny": 0.0, "small": 3.0, "cpu": 30.0, "full": 2.0}
@@ -34,7 +35,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--peers", type=words, help="names with commas; default: all that are installed and can run")
     p.add_argument("--models", type=words, help="only these of the size's models")
     p.add_argument("--tokens", type=lambda text: [int(word) for word in words(text)], help="only these token counts")
-    p.add_argument("--dtypes", type=words, help="float32, bfloat16")
+    p.add_argument(
+        "--dtypes",
+        type=words,
+        help="float32, bfloat16; default: both, in --small those that a CPU multiplies, bfloat16 in --full",
+    )
     p.add_argument("--modes", type=words, help="only these of the benchmark's modes")
     p.add_argument("--repeats", type=int, help="turns at most")
     p.add_argument("--budget", type=float, help="seconds of turns a case, three turns at least")
@@ -49,7 +54,9 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     args.size = args.size or ("full" if args.device == "cuda" else "cpu")
     args.budget = BUDGET[args.size] if args.budget is None else args.budget
     args.repeats = args.repeats or REPEATS[args.size]
-    args.dtypes = args.dtypes or (["bfloat16"] if args.size == "full" else ["float32", "bfloat16"])
+    if args.dtypes is None:
+        slow = args.size == "small" and not multiplies_halves(torch.device(args.device))  # peers would take minutes
+        args.dtypes = ["bfloat16"] if args.size == "full" else ["float32", "bfloat16"][: 1 if slow else 2]
     return args
 
 

@@ -41,6 +41,7 @@ from cream.sample import sample
 from cream.score import score_all
 from cream.work import Work, read_rows
 from cream_kernels import native
+from cream_kernels.products import multiplies_halves
 
 
 @entry
@@ -115,6 +116,8 @@ class Job:
         # so that a run that goes on on another machine notices.
         dtype = choose_dtype(config.model.dtype)
         backend = choose(config.model.attention, dtype).name
+        if dtype == torch.bfloat16 and not multiplies_halves(device()):
+            say("model.dtype: this CPU does not multiply bfloat16; float32, which auto takes, is several times as fast")
         self.numerics = {"seed": config.run.seed, "dtype": str(dtype), "attention": backend}
         fuse.check(config.model.fuse)
         if config.model.fuses(device().type):

@@ -305,6 +305,14 @@ def test_unknown_names_stop(tmp_path):
         linear_logp.main(["--tiny", "--models", "GPT", "--results", str(tmp_path)])
 
 
+@pytest.mark.parametrize("multiplies, dtypes", [(True, ["float32", "bfloat16"]), (False, ["float32"])])
+def test_small_leaves_bfloat16_out_where_a_cpu_does_not_multiply_it(multiplies, dtypes, monkeypatch):
+    monkeypatch.setattr(options, "multiplies_halves", lambda _: multiplies)
+    assert options.parse("", ["--device", "cpu", "--small"]).dtypes == dtypes
+    assert options.parse("", ["--device", "cpu"]).dtypes == ["float32", "bfloat16"]
+    assert options.parse("", ["--device", "cpu", "--small", "--dtypes", "bfloat16"]).dtypes == ["bfloat16"]
+
+
 def test_sizes_can_be_narrowed():
     args = options.parse("", ["--device", "cpu", "--models", "LLaMA-2-7B", "--tokens", "3,5"])
     assert args.size == "cpu" and args.dtypes == ["float32", "bfloat16"]

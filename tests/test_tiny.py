@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file
 
+from cream import train
 from cream.train import main
 
 SETTINGS = {
@@ -141,6 +142,13 @@ def test_a_second_start_does_nothing(again, tiny, capsys):
     main(arguments(tiny, again, "--resume"))
     assert (again / "ledger.jsonl").read_bytes() == before
     assert "M3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype, multiplies, said", [("bfloat16", False, 1), ("bfloat16", True, 0), ("auto", False, 0)])
+def test_slow_bfloat16_is_said(dtype, multiplies, said, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "multiplies_halves", lambda _: multiplies)
+    main(arguments(tiny, tmp_path / "run", "--run.only", "prompts", **{"model.dtype": dtype}))
+    assert capsys.readouterr().err.count("model.dtype: this CPU does not multiply bfloat16") == said
 
 
 def test_optimizer_settings_reach_both_trainings(again, finished, tiny):

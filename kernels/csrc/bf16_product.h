@@ -8,8 +8,8 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
+
+#include "buffer.h"
 
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
 #define HAVE_BF16 1
@@ -73,19 +73,6 @@ INLINE void transpose(__m512i x[16]) {
   for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t pairs_of(int64_t D) { return ceil_div(D, 2 * kStep) * kStep; }
-
-struct Free {
-  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-template <typename T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-// count elements at a cache line's start, or null.
-template <typename T>
-Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64), std::nothrow)));
-}
 
 #endif

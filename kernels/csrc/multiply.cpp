@@ -6,11 +6,10 @@
 // block's 6 x 16 sums stay in registers, and the steps' are added up in order, so no result depends on the number of
 // threads. bfloat16 becomes float32 where it is packed: no wide copy is ever made.
 
-#include "scalars.h"
-
 #include <algorithm>
-#include <memory>
-#include <new>
+
+#include "buffer.h"
+#include "scalars.h"
 
 #if defined(__x86_64__)
 #define HAVE_AVX2 1
@@ -33,18 +32,6 @@ struct Matrix {
   int64_t row, column;  // from one to the next, elements
   bool half;            // bfloat16
 };
-
-struct Free {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-// count numbers at a cache line's start, or null.
-Buffer allocate(int64_t count) {
-  return Buffer(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64), std::nothrow)));
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 TARGET INLINE __m256 load(const float* x) { return _mm256_loadu_ps(x); }
 TARGET INLINE __m256 load(const uint16_t* x) {
@@ -195,12 +182,12 @@ EXPORT int cream_multiply(
   // Tasks of about one size, and as many for each thread.
   const int64_t rounds = ceil_div(blocks * kRows, kTaskRows * threads);
   const int64_t tasks = std::min(blocks, rounds * threads), task_blocks = ceil_div(blocks, tasks);
-  Buffer slivers_of_b = allocate(slivers * kColumns * length);
+  Buffer<float> slivers_of_b = allocate<float>(slivers * kColumns * length);
   if (!slivers_of_b) return -2;
   bool no_memory = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Buffer blocks_of_a = allocate(task_blocks * kRows * length);
+    Buffer<float> blocks_of_a = allocate<float>(task_blocks * kRows * length);
     if (!blocks_of_a) {
 #pragma omp atomic write
       no_memory = true;
