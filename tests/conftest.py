@@ -57,8 +57,8 @@ class Processor:
 
 @pytest.fixture(params=["native", "torch", "AVX2", "torch without bfloat16"])
 def library(request, monkeypatch):
-    """With the C++ library, where there is one, and without it; on this CPU, and as on one that has no AVX-512 and
-    does not multiply bfloat16."""
+    """With the C++ library, where there is one, on this CPU and as on one that has no AVX-512; without it, as on CPUs
+    that multiply bfloat16 and that do not."""
     from cream_kernels import linear_logp_native, native, products
 
     if request.param == "AVX2":
@@ -69,8 +69,8 @@ def library(request, monkeypatch):
         monkeypatch.setattr(linear_logp_native, "FEW_ROWS", 1)
     if request.param.startswith("torch"):
         monkeypatch.setattr(native, "_decide", lambda: (None, "left out"))
-    if request.param in ("AVX2", "torch without bfloat16"):
-        monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", lambda: False)
+    if request.param != "native":
+        monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", lambda: request.param == "torch")
 
 
 @pytest.fixture(scope="session")
