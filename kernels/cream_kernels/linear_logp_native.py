@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import native
 
-FEW_ROWS = 32  # of a left operand, below which multiply is no faster than a BLAS, and less exact
+FEW_ROWS = 32  # of a left operand, below which a BLAS is more exact than multiply
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:

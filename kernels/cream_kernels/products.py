@@ -23,7 +23,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def multiplies_halves(device: torch.device) -> bool:
-    """Whether products of half precision are fast there. A CPU without instructions for them takes 4 to 400 times as
+    """Whether products of half precision are fast there. A CPU without instructions for them takes 5 to 400 times as
     long as for float32 copies."""
     return device.type != "cpu" or _cpu_multiplies_bfloat16()
 

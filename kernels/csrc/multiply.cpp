@@ -144,7 +144,7 @@ bool has_avx2() {
 #endif
 
 // Whether this is the fastest product here of float32 operands (half 0), or of such that are bfloat16 (1).
-// A processor with AVX-512 has better ones, and on Intel's without it MKL is as good at float32.
+// With AVX-512, and for float32 on other makers' processors, it was not measured: those keep what they have.
 EXPORT int cream_multiply_serves(int half) {
 #if HAVE_AVX2
   return has_avx2() && !__builtin_cpu_supports("avx512f") && (half || __builtin_cpu_is("amd"));
