@@ -43,16 +43,14 @@ class _Encoded:
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise UserError, with what to do, for a tokenizer that a chat model cannot be trained with.
 
-    It needs a chat template that closes the assistant's turn with a control token, a pad token (one that is also the
-    end token is fine: nothing here masks by id), and a fast tokenizer.
+    It needs a chat template that closes the assistant's turn with a control token, and a fast tokenizer. No pad token:
+    nothing here pads or masks by id, and LLaMA 2 and 3 have none.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{name}: no fast tokenizer (tokenizer.json); convert it with transformers first")
     if not tokenizer.chat_template:
         raise UserError(f"{name}: no chat template; use an instruction-tuned model or add chat_template.jinja")
-    if tokenizer.pad_token_id is None:
-        raise UserError(f'{name}: no pad token; name one in tokenizer_config.json, such as "pad_token": its eos_token')
     encode_conversation(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
 
 

@@ -126,7 +126,7 @@ def weight_files(directory: Path) -> list[Path]:
 def load_tokenizer(directory: Path, gguf: str | None = None):
     """The tokenizer of a model directory.
 
-    Raises UserError where it cannot be read or used: no chat template, no padding token, more tokens than embeddings.
+    Raises UserError where it cannot be read or used: no chat template, more tokens than embeddings.
     """
     from transformers import AutoTokenizer
 

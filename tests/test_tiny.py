@@ -213,6 +213,28 @@ def test_models_are_hugging_face_directories_with_their_lineage(finished):
         assert words in card
 
 
+def test_a_model_without_a_pad_token_needs_none(tokenizer, tmp_path, capsys):
+    """As LLaMA 2 and 3 are published."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.conftest import write_model
+
+    m0 = write_model(tmp_path / "m0", tokenizer, 0, pad_token_id=None)
+    settings = json.loads((m0 / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (m0 / "tokenizer_config.json").write_text(json.dumps(settings))
+    main(arguments(m0, tmp_path / "run", **{"run.iterations": "1", "evaluate.models": "last"}))
+    m2 = tmp_path / "run/iter1/model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(m2), AutoTokenizer.from_pretrained(m2)
+    assert tokenizer.pad_token is None and model.generation_config.pad_token_id is None
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3).shape[1] > 3
+    main(arguments(m2, tmp_path / "alone"), until="eval/m0")
+    capsys.readouterr()
+    [ours], [theirs] = (rows(tmp_path / place) for place in ("alone/eval/m0.json", "run/eval/m2.json"))
+    assert ours["tasks"] == theirs["tasks"]
+
+
 @pytest.mark.parametrize("choice", ["one", "sft_half"])
 def test_other_first_rounds(tiny, tmp_path, choice):
     main(arguments(tiny, tmp_path / "run", **{"score.first_round": choice, "evaluate.enabled": "false"}))
