@@ -132,6 +132,10 @@ def test_refuses_what_does_not_fit():
     *tensors, rows = problem(3, 4, 2, 1, 20, 8)
     with pytest.raises(ValueError, match="do not fit together"):
         decode_attention(tensors[0], tensors[1][:, :, :4], *tensors[2:], rows, scale=1.0)
+    for change in (torch.Tensor.bfloat16, lambda x: x.to("meta")):
+        for i in range(5):
+            with pytest.raises(ValueError, match="must share a dtype and a device, not .*float32 on cpu"):
+                decode_attention(*tensors[:i], change(tensors[i]), *tensors[i + 1 :], rows, scale=1.0)
     with pytest.raises(ValueError, match="rows must be"):
         decode_attention(*tensors, rows[:3], scale=1.0)
     if native.load() is None:

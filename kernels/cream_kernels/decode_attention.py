@@ -33,13 +33,17 @@ def decode_attention(
     The new key and value are written to the last of these columns first. Slots must differ. A row's first rows[2, a]
     columns must be equal to those of slot rows[1, a], which may be read in their place (a prompt's, for its responses).
     Defined by reference.decode_attention. Costs the traffic of the distinct columns in use on the CPU, that of S rows
-    of the longest length elsewhere. Raises ValueError for wrong shapes.
+    of the longest length elsewhere. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     A, H, E = query.shape
     S, K, U, _ = keys.shape
     if H % K or key.shape != (A, K, E) or value.shape != key.shape or keys.shape[3] != E or values.shape != keys.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value, keys, values))
         raise ValueError(f"query, key, value, keys, values do not fit together: {shapes}")
+    kinds = {(x.dtype, x.device) for x in (query, key, value, keys, values)}
+    if len(kinds) > 1:  # C++ takes the size of an element from the cache
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"query, key, value, keys, values must share a dtype and a device, not {found}")
     if rows.shape != (4, A) or rows.dtype != torch.int64 or rows.device.type != "cpu" or A > S:
         raise ValueError(f"rows must be (4, {A}) int64 on the CPU with at most {S} rows, not {tuple(rows.shape)}")
     if A == 0:
