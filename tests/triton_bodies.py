@@ -9,6 +9,7 @@ Without a GPU the operators' CUDA bodies are registered for the CPU, and tiles a
 2 ms for each step of a kernel. It computes bfloat16 wrongly, so half precision is float16 there.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -38,6 +39,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 on_a_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1"
@@ -487,6 +489,41 @@ def test_nothing_is_read_back():
         linear_logp_triton.store_free(hidden, weight, targets, None, 1.0, 0.0, True, SMALL)
     with pytest.raises(AssertionError), NoReadingBack():
         (loss > 0).nonzero()
+
+
+@interpreted
+def test_launches_are_on_the_device_of_the_tensors(monkeypatch):
+    """Triton takes the current device, whatever its arguments are on."""
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+
+    def watched(self, *args, **settings):
+        launched.append((self.fn.__name__, len(current)))
+        return run(self, *args, **settings)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(InterpretedFunction, "run", watched)
+    given = pair_problem()
+    run_pairs(linear_weighted_dpo, *given, upstream=UPSTREAM["mean"], frozen=False)
+    run_pairs(linear_weighted_dpo, *given, upstream=UPSTREAM["mean"], frozen=True)
+    hidden, weight, targets = (x.detach() for x in given[:3])
+    for inplace in (False, True):
+        logits = (hidden @ weight.T).requires_grad_()
+        gather_logp(1 * logits, targets, inplace_backward=inplace).sum().backward()
+    linear_logp(hidden, weight, targets)
+    weight.requires_grad_()
+    linear_logp(hidden, weight, targets).sum().backward()
+    kernels = {"statistics_kernel", "gradient_kernel", "pairs_kernel", "weighted_dpo_kernel"}
+    assert {name for name, _ in launched} == kernels and {depth for _, depth in launched} == {1}
 
 
 @on_a_gpu

@@ -92,7 +92,8 @@ def _forward_on_cuda(logits, targets, factor, inplace_backward):
         return _forward(logits, targets, factor, inplace_backward)
     from . import gather_logp_triton
 
-    return gather_logp_triton.statistics(logits, targets, None, factor, 0.0, want_entropy=False)[:3]
+    with torch.cuda.device_of(logits):
+        return gather_logp_triton.statistics(logits, targets, None, factor, 0.0, want_entropy=False)[:3]
 
 
 @_gather_logp.register_fake
@@ -153,7 +154,8 @@ def _backward_on_cuda(grad, logits, targets, logp, maximum, others, factor):
     from . import gather_logp_triton
 
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    gather_logp_triton.gradient_into(out, grad, logits, targets, None, logp, maximum, others, factor, 0.0)
+    with torch.cuda.device_of(logits):
+        gather_logp_triton.gradient_into(out, grad, logits, targets, None, logp, maximum, others, factor, 0.0)
     return out
 
 
@@ -163,7 +165,8 @@ def _backward_inplace_on_cuda(grad, logits, targets, logp, maximum, others, fact
         return _backward_inplace(grad, logits, targets, logp, maximum, others, factor)
     from . import gather_logp_triton
 
-    gather_logp_triton.gradient_into(logits, grad, logits, targets, None, logp, maximum, others, factor, 0.0)
+    with torch.cuda.device_of(logits):
+        gather_logp_triton.gradient_into(logits, grad, logits, targets, None, logp, maximum, others, factor, 0.0)
 
 
 @_gather_logp_backward.register_fake

@@ -138,7 +138,10 @@ def check_targets(targets: Tensor, num_rows: int) -> None:
 
 
 def triton_serves(tensor: Tensor) -> bool:
-    """Whether the Triton bodies take this CUDA tensor; where they cannot run at all, one warning says why."""
+    """Whether the Triton bodies take this CUDA tensor; where they cannot run at all, one warning says why.
+
+    Triton launches on the current device whatever its arguments are on, so bodies run under torch.cuda.device_of.
+    """
     return tensor.dtype != torch.float64 and _triton_runs(tensor.device)
 
 
@@ -185,7 +188,7 @@ def _forward_on_cuda(hidden, weight, targets, bias, factor, ceiling, keep_direct
         return _forward(hidden, weight, targets, bias, factor, ceiling, keep_direction, want_entropy)
     from . import linear_logp_triton
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return linear_logp_triton.forward(hidden, weight, targets, bias, factor, ceiling, keep_direction, want_entropy)
 
 
@@ -232,7 +235,7 @@ def _gradients_on_cuda(grad, hidden, weight, targets, bias, logp, maximum, other
         return _gradients(grad, hidden, weight, targets, bias, logp, maximum, others, factor, ceiling, *needs)
     from . import linear_logp_triton
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         wanted = linear_logp_triton.gradients(
             grad, hidden, weight, targets, bias, logp, maximum, others, factor, ceiling, *needs
         )

@@ -217,7 +217,7 @@ def _run_on_cuda(hidden, weight, targets, cu_seqlens, reference_logp, agreement,
     bounds = _checked_bounds(cu_seqlens, hidden.shape[0])
     # Ignored rows are zeroed, nan or not: their coefficients are 0, and 0 * nan would reach dweight.
     hidden = hidden.masked_fill((targets == IGNORE)[:, None], 0.0)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         loss, logp, dhidden, dweight, row_values = weighted_dpo_triton.forward(
             hidden,
             weight,

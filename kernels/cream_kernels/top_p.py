@@ -109,7 +109,8 @@ def top_p_sample_triton(logits: Tensor, uniform: Tensor, temperature: float, top
 
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    tokens = top_p_triton.sample(logits, uniform, _scale(temperature) if temperature else 0.0, top_p)
+    with torch.cuda.device_of(logits):
+        tokens = top_p_triton.sample(logits, uniform, _scale(temperature) if temperature else 0.0, top_p)
     lowest = int(tokens.min())  # the one synchronisation
     if lowest < 0:
         _refuse(logits, uniform, [True, lowest == top_p_triton.BAD_UNIFORM], tokens < 0)

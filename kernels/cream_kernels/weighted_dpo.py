@@ -58,7 +58,8 @@ def _loss_and_slope_on_cuda(margin, agreement):
         return loss_and_slope(margin, agreement)
     from . import weighted_dpo_triton
 
-    return weighted_dpo_triton.loss_and_slope(margin, agreement)
+    with torch.cuda.device_of(margin):
+        return weighted_dpo_triton.loss_and_slope(margin, agreement)
 
 
 @_weighted_dpo.register_fake
