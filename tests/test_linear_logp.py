@@ -398,6 +398,13 @@ def test_opcheck_of_backward():
         torch.library.opcheck(module._linear_logp_backward, (*given, *needs))
 
 
+def test_what_may_wait_is_kept_out_of_cuda_graphs():
+    pairs = sys.modules["cream_kernels.linear_weighted_dpo"]
+    operators = module._linear_logp, module._linear_logp_backward, pairs._linear_weighted_dpo
+    for operator in (*operators, pairs._linear_weighted_dpo_backward, pairs._sequence_of_row):
+        assert torch.Tag.cudagraph_unsafe in operator._opoverload.tags
+
+
 def test_compiles_without_a_graph_break():
     hidden, weight, targets = problem(11, 60, 8)
     for frozen in (False, True):

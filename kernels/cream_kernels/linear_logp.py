@@ -29,6 +29,8 @@ from .reference import IGNORE
 
 # One namespace per package, so that a vendored copy of this folder and an installed one can be loaded together.
 NAMESPACE = __package__.replace(".", "_")
+# Of operators that may wait for the device or copy from memory that is not pinned: kept out of CUDA graphs.
+WAITS = (torch.Tag.cudagraph_unsafe,)
 
 
 def linear_logp(
@@ -179,6 +181,7 @@ _linear_logp = torch.library.custom_op(
     schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float factor, float ceiling,"
     " bool keep_direction, bool want_entropy)"
     " -> (Tensor logp, Tensor maximum, Tensor others, Tensor direction, Tensor entropy)",
+    tags=WAITS,
 )
 
 
@@ -226,6 +229,7 @@ _linear_logp_backward = torch.library.custom_op(
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor logp, Tensor maximum,"
     " Tensor others, float factor, float ceiling, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+    tags=WAITS,
 )
 
 

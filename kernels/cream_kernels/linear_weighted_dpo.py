@@ -16,6 +16,7 @@ from torch.nn import functional
 from . import tiles
 from .linear_logp import (
     NAMESPACE,
+    WAITS,
     _linear_logp_backward,
     cast_for_autocast,
     check_linear,
@@ -127,7 +128,7 @@ def _checked_bounds(cu_seqlens: Tensor, num_rows: int) -> list[int]:
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::sequence_of_row", mutates_args=(), schema="(Tensor cu_seqlens, Tensor rows) -> Tensor"
+    f"{NAMESPACE}::sequence_of_row", mutates_args=(), schema="(Tensor cu_seqlens, Tensor rows) -> Tensor", tags=WAITS
 )
 def _sequence_of_row(cu_seqlens, rows):
     """(S + 1,), (N, ...) -> (N,) int64 on the device of rows. An operator, since it looks at values and may refuse."""
@@ -205,6 +206,7 @@ _linear_weighted_dpo = torch.library.custom_op(
     schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor cu_seqlens, Tensor reference_logp, Tensor agreement,"
     " float beta, int chunk_tokens, bool need_hidden) -> (Tensor loss, Tensor logp, Tensor dhidden, Tensor dweight,"
     " Tensor highest, Tensor row_grad, Tensor row_logp, Tensor row_maximum, Tensor row_others)",
+    tags=WAITS,
 )
 
 
@@ -326,6 +328,7 @@ _linear_weighted_dpo_backward = torch.library.custom_op(
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor cu_seqlens, Tensor dhidden,"
     " Tensor dweight, Tensor highest, Tensor row_grad, Tensor row_logp, Tensor row_maximum, Tensor row_others,"
     " bool need_hidden) -> (Tensor dhidden, Tensor dweight)",
+    tags=WAITS,
 )
 
 
