@@ -20,7 +20,7 @@ from bench import harness, linear_logp, peers
 from bench.shapes import HEADS
 
 TILES = Path(__file__).parents[1] / "kernels/cream_kernels/tiles.py"
-SHARED_BYTES = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448}  # of a program, at most
+SHARED_BYTES = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "sm120": 101_376}  # of a program, at most
 Candidate = dict[str, int | bool]  # fields of tiles.Tile
 
 
@@ -32,7 +32,7 @@ def candidates(arch: str) -> list[Candidate]:
             continue
         tile = {"block_n": n, "block_v": v, "block_d": d, "num_warps": warps, "num_stages": stages}
         found.append(tile)
-        if arch != "sm80":
+        if arch in ("sm90", "sm100"):
             found.append({**tile, "tma": True})
             if warps == 4:  # on Hopper it takes effect with four warps only
                 found.append({**tile, "tma": True, "warp_specialize": True})

@@ -1,6 +1,7 @@
 """Compile every Triton kernel as its launcher launches it, for cards that are not here, and read what came out.
 
     python tests/compile_kernels.py                   for sm_80, sm_90, sm_100 and gfx942; tests/test_triton.py does it
+    python tests/compile_kernels.py sm120             for GeForce Blackwell, whose tiles are those of sm_80
     PYTHONPATH=DIR python tests/compile_kernels.py    after pip install --no-deps --target DIR triton==3.6.0
 
 The launchers run on small CPU tensors with a driver that only names a target, so signatures, constants and divisibility
@@ -33,13 +34,16 @@ TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx9": GPUTarget("hip", "gfx942", 64),
+    "sm120": GPUTarget("cuda", 120, 32),
 }
-SHARED_BYTES = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx9": 65536}
+ALWAYS = ("sm80", "sm90", "sm100", "gfx9")
+SHARED_BYTES = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "sm120": 101376, "gfx9": 65536}
 # What a product must be made of, and what it must not fall back on.
 PRODUCT = {
     "sm80": ("ptx", "mma.sync", None),
     "sm90": ("ptx", "wgmma.mma_async", "mma.sync"),
     "sm100": ("ptx", "tcgen05.mma", "mma.sync"),
+    "sm120": ("ptx", "mma.sync", None),
     "gfx9": ("amdgcn", "v_mfma", None),
 }
 
@@ -153,7 +157,7 @@ def resource_usage(cubin: bytes) -> str:
 
 def main() -> int:
     bad = 0
-    for arch in sys.argv[1:] or TARGETS:
+    for arch in sys.argv[1:] or ALWAYS:
         kernels = compiled_for(arch)
         products = sum(name == "partials_kernel" for name, _ in kernels)
         print(f"{arch}: {len(kernels)} kernels, {products} with a product, triton {triton.__version__}")

@@ -4,11 +4,14 @@ import ast
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import cream_kernels
+from cream_kernels import tiles
 
 TESTS = Path(__file__).parent
 INTERPRETED = [str(TESTS / name) for name in ("triton_bodies.py", "triton_top_p.py")]
@@ -60,6 +63,32 @@ def test_kernels_compile_without_a_spill(processes):
     assert process.wait(timeout=900) == 0, log.read_text()[-8000:]
     said = [line.split(":")[0] for line in log.read_text().splitlines() if " kernels, " in line]
     assert said == ["sm80", "sm90", "sm100", "gfx9"], log.read_text()
+
+
+@pytest.mark.parametrize("version, specialised", [("3.6.0", False), ("3.9.0", True), ("3.10.0+git1", True)])
+def test_blackwell_specialises_warps_where_triton_can(version, specialised, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    assert tiles.linear_logp("sm100", torch.bfloat16, 4096).warp_specialize == specialised
+    assert tiles.linear_logp("sm90", torch.bfloat16, 4096).warp_specialize
+
+
+@pytest.mark.parametrize(
+    "capability, arch", [((8, 6), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((10, 3), "sm100"), ((12, 0), "sm120")]
+)
+def test_cards_have_tiles(capability, arch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tiles.architecture(torch.device("cuda")) == arch and arch in tiles.DEFAULTS
+
+
+@pytest.mark.parametrize("arch", tiles.DEFAULTS)
+def test_programs_fill_a_multiprocessor(arch, monkeypatch):
+    pytest.importorskip("triton")
+    from cream_kernels import linear_logp_triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(multi_processor_count=7))
+    tile = tiles.DEFAULTS[arch]
+    assert linear_logp_triton.num_programs(torch.device("cuda"), tile) == 7
+    assert linear_logp_triton.num_programs(torch.device("cuda"), tiles.without_tma(tile)) == 14
 
 
 # Addresses

@@ -208,7 +208,7 @@ def store_free(
     logp, maximum, others = (torch.empty_like(target_logit) for _ in range(3))
     entropy = target_logit.new_empty(N if want_entropy else 0)
     if N:
-        launch = partials_kernel[(min(triton.cdiv(N, tile.block_n) * parts, num_programs(hidden.device)),)]
+        launch = partials_kernel[(min(triton.cdiv(N, tile.block_n) * parts, num_programs(hidden.device, tile)),)]
         contextvars.copy_context().run(
             with_scratch,
             launch,
@@ -282,9 +282,13 @@ def with_scratch(launch, **given) -> None:
     launch(**given)
 
 
-def num_programs(device: torch.device) -> int:
-    """One a multiprocessor: a tile fills its shared memory. On the interpreter two, so that programs loop."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def num_programs(device: torch.device, tile: tiles.Tile) -> int:
+    """One a multiprocessor where a tile's stages fill its shared memory, elsewhere eight warps of programs; on the
+    interpreter two, so that programs loop."""
+    if device.type != "cuda":
+        return 2
+    each = 1 if tile.tma else max(1, 8 // tile.num_warps)
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def product(

@@ -8,7 +8,6 @@ without a register spilled (tests/compile_kernels.py).
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,8 @@ DEFAULTS = {
     "sm80": Tile(128, 128, 32, num_warps=8, num_stages=3),
     "sm90": Tile(128, 128, 64, num_warps=4, num_stages=4, tma=True, warp_specialize=True),
     "sm100": Tile(128, 128, 64, num_warps=8, num_stages=3, tma=True, warp_specialize=True),
+    # GeForce Blackwell and its kin multiply as Ampere does, from 99 KiB of shared memory.
+    "sm120": Tile(128, 128, 32, num_warps=8, num_stages=3),
     "gfx9": Tile(128, 128, 32, num_warps=8, num_stages=2),
 }
 
@@ -57,7 +58,7 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx9"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm80" if major < 9 else "sm90" if major == 9 else "sm100"
+    return "sm80" if major < 9 else "sm90" if major == 9 else "sm100" if major < 12 else "sm120"
 
 
 def linear_logp(arch: str, dtype: torch.dtype, D: int) -> Tile:
@@ -67,9 +68,16 @@ def linear_logp(arch: str, dtype: torch.dtype, D: int) -> Tile:
             return tile
     if dtype == torch.float32:
         return DEFAULTS[arch]._replace(block_d=32, tma=False, warp_specialize=False, vendor_gemm=True)
-    if arch == "sm100" and metadata.version("triton") < "3.9":  # 3.6 fails to compile a specialised outer loop there
+    if arch == "sm100" and _triton_version() < (3, 9):  # 3.6 fails to compile a specialised outer loop there
         return DEFAULTS[arch]._replace(warp_specialize=False)
     return DEFAULTS[arch]
+
+
+def _triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
 
 
 def without_tma(tile: Tile) -> Tile:
