@@ -142,6 +142,9 @@ def test_second_derivative_is_refused():
     (first,) = torch.autograd.grad(gather_logp(logits, targets).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.sum().backward()
+    logp = gather_logp(1 * logits, targets, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="gather_logp has no second derivative"):
+        torch.autograd.grad(logp.sum(), logits, create_graph=True)
 
 
 def test_opcheck():

@@ -190,6 +190,8 @@ def _backward(ctx, grad, *_):
     logits, *rest = ctx.saved_tensors
     if not ctx.inplace:
         return _gather_logp_backward(grad, logits, *rest, ctx.factor), None, None, None
+    if torch.is_grad_enabled():  # what comes out is a constant, so autograd would leave its derivative out
+        raise RuntimeError("gather_logp has no second derivative: call backward without create_graph")
     with torch.no_grad():
         _gather_logp_backward_(grad, logits, *rest, ctx.factor)
     return logits.detach(), None, None, None

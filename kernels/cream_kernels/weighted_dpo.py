@@ -75,6 +75,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():  # the slope is a constant here, so autograd would leave its derivative out
+        raise RuntimeError("weighted_dpo has no second derivative: call backward without create_graph")
     margin, slope = ctx.saved_tensors
     dmargin, dagreement = ctx.needs_input_grad
     return grad * slope if dmargin else None, -grad * margin if dagreement else None
