@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cream_kernels import IGNORE, linear_logp, linear_weighted_dpo, products, reference, weighted_dpo
+from tests.test_weighted_dpo import Operators
 
 module = sys.modules["cream_kernels.linear_weighted_dpo"]  # the package's attribute of that name is the function
 SEVERAL = 40  # chunk_tokens that make several chunks of the problem's pairs, all of which are one chunk otherwise
@@ -335,6 +336,19 @@ def test_under_activation_checkpointing(frozen):
     ours, plain = (run(f, *given, upstream=UPSTREAM["per pair"], frozen=frozen) for f in (checkpointed, direct))
     for a, b in zip(ours, plain, strict=True):
         assert torch.equal(a, b)
+
+
+def test_float16_is_left_to_what_takes_a_scaled_upstream():
+    """Gradients for an upstream of 1 are rounded before a loss scaler's factor: 6e-8 would be the least of float16."""
+    _, _, targets, cu_seqlens, near, agreement = problem()
+    for dtype, ways in ((torch.bfloat16, (1, 0)), (torch.float16, (0, 1))):
+        hidden = torch.zeros(len(targets), 4, dtype=dtype, device="meta", requires_grad=True)
+        weight = torch.zeros(9, 4, dtype=dtype, device="meta", requires_grad=True)
+        on_meta = (x.to("meta") for x in (targets, cu_seqlens, near, agreement))
+        with Operators() as seen:
+            loss, _ = linear_weighted_dpo(hidden, weight, *on_meta, beta=BETA)
+        assert loss.requires_grad
+        assert tuple(seen.names.count(name) for name in ("linear_weighted_dpo", "linear_logp")) == ways
 
 
 def test_logp_is_for_metrics():

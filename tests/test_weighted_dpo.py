@@ -6,8 +6,21 @@ import sys
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cream_kernels import reference, weighted_dpo
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def margins(dtype=torch.float32):
@@ -116,6 +129,21 @@ def test_differentiable_in_agreement():
     scalar = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     (of_all,) = torch.autograd.grad(weighted_dpo(m, scalar).sum(), scalar)
     torch.testing.assert_close(of_all, -m.sum(), rtol=1e-13, atol=1e-10)
+
+
+def test_second_derivative_is_refused():
+    m = margins().requires_grad_()
+    with pytest.raises(RuntimeError, match="weighted_dpo has no second derivative"):
+        torch.autograd.grad(weighted_dpo(m, 0.7).sum(), m, create_graph=True)
+
+
+def test_a_number_is_written_on_the_device_and_not_copied_to_it():
+    with torch.device("meta"):
+        m, c = torch.zeros(5), torch.zeros(5)
+    for agreement, wanted in ((0.3, 1), (c, 0)):
+        with Operators() as seen:
+            weighted_dpo(m, agreement)
+        assert seen.names.count("full") == wanted and not {"_to_copy", "copy_"} & set(seen.names)
 
 
 def test_agreement_must_fit_margin():

@@ -113,7 +113,7 @@ def cast_for_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What torch.autocast would do to the arguments of a linear layer."""
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if hidden.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return hidden, weight, bias

@@ -67,9 +67,12 @@ def linear_weighted_dpo(
 
     With a frozen head (weight needs no gradient) this is linear_logp + weighted_dpo: 4NDV, exact for every upstream.
 
+    So is float16: gradients for an upstream of 1 would be rounded before a loss scaler's factor keeps them from 0.
+
     On a GPU nothing is read back if cu_seqlens is on the CPU, where packing made it, and the upstream is one number
-    expanded (loss.sum() times anything); otherwise the sizes are read once and backward reads one bool. IGNORE rows are
-    skipped on a CPU; elsewhere finding them would mean waiting, so they cost as much as others: leave prompts out.
+    expanded (loss.sum() times anything); otherwise the sizes are read once and backward reads one bool. (Where it is
+    linear_logp + weighted_dpo, that finds the rows that count and waits.) IGNORE rows are skipped on a CPU; elsewhere
+    finding them would mean waiting, so they cost as much as others: leave prompts out.
 
     Raises ValueError as linear_logp does, for cu_seqlens that do not divide the N rows, and for a reference_logp or
     agreement that asks for a gradient.
@@ -93,8 +96,8 @@ def linear_weighted_dpo(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
     agreement = agreement.expand(num_sequences // 2)
-    reference_logp = reference_logp.to(dtype)
-    if torch.is_grad_enabled() and weight.requires_grad:
+    reference_logp = reference_logp.to(hidden.device, dtype)
+    if torch.is_grad_enabled() and weight.requires_grad and not _loses_small_gradients(hidden.dtype):
         loss, logp, *_ = _linear_weighted_dpo(
             hidden,
             weight,
@@ -110,6 +113,11 @@ def linear_weighted_dpo(
     rows = linear_logp(hidden, weight, targets)
     logp = sum_sequences(rows, _sequence_of_row(cu_seqlens, rows), num_sequences)
     return weighted_dpo(margin_of(logp, reference_logp, beta), agreement), logp.detach()
+
+
+def _loses_small_gradients(dtype: torch.dtype) -> bool:
+    """Whether dtype has nothing for what a loss scaler is there to keep: below 6e-8, float16."""
+    return dtype == torch.float16
 
 
 def _chunk_on_a_cpu(hidden: Tensor) -> int:  # (N, D)
