@@ -208,6 +208,7 @@ def test_compiles_without_a_graph_break():
         (dict(logits=torch.zeros(3, 6, dtype=torch.int64)), "logits must be"),
         (dict(targets=torch.zeros(4, dtype=torch.int64)), "targets must be"),
         (dict(targets=torch.tensor([0, 6, 0])), r"targets\[1\] is 6"),
+        (dict(targets=torch.zeros(3, dtype=torch.int64, device="meta")), "targets must be on cpu, .* not on meta"),
         (dict(temperature=-1.0), "temperature must be"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import linear_logp_native as in_cpp
-from .linear_logp import NAMESPACE, check_targets, squash_of, triton_serves
+from .linear_logp import NAMESPACE, check_device, check_targets, squash_of, triton_serves
 from .linear_logp_torch import (
     Statistics,
     fold_tile_,
@@ -40,12 +40,13 @@ def gather_logp(
     inplace_backward saves backward's (N, V) of memory: after it the logits hold their gradient. It is for logits that
     nothing else reads again, and allows one backward; a second one over a retained graph is an error of autograd's.
 
-    Raises ValueError for shapes or dtypes that do not fit, and for a target outside [0, V) on a CPU; on other devices,
-    where looking would mean waiting, such a row is nan.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a target outside [0, V) on a CPU; on other
+    devices, where looking would mean waiting, such a row is nan.
     """
     if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise ValueError(f"logits must be (N, V > 0) and floating, not {tuple(logits.shape)} {logits.dtype}")
     check_targets(targets, logits.shape[0])
+    check_device(logits, targets=targets)
     squash = squash_of(temperature)
     return _gather_logp(logits, targets, squash.factor, inplace_backward)[0]
 

@@ -55,13 +55,15 @@ def linear_logp(
     entropies of softmax(z) come along, (N,) nats, 0 where IGNORE, for metrics: no gradient passes through them.
 
     Beyond inputs and outputs, memory is one tile of logits on a CPU (and for half precision a float32 copy of hidden);
-    on CUDA 8 bytes for every 128 or 256 logits, and for gradients a chunk of float32 logits: 256 MiB of them, or those
-    of 2,048 rows and a float32 sum of dweight where the head is trained. Logits are float32 for half-precision inputs
-    as well: bfloat16 logits would be wrong by 1e-2 nats a token.
+    on CUDA, for half precision, a copy of hidden and 8 bytes for every 128 or 256 logits, and for gradients (in float32
+    always) a chunk of float32 logits: 256 MiB of them, or those of 2,048 rows and a float32 sum of dweight where the
+    head is trained. Logits are float32 for half-precision inputs as well: bfloat16 logits would be wrong by 1e-2 nats a
+    token.
 
-    On CUDA the forward alone waits for nothing; with gradients it and backward find the rows that count, which waits
-    once each. Raises ValueError for shapes or dtypes that do not fit, for float16 on a CPU, and for a target outside
-    [0, V) on a CPU; on other devices, where looking would mean waiting, such a row is nan.
+    On CUDA the forward alone waits for nothing in half precision; in float32, and with gradients, it and backward find
+    the rows that count, which waits once each. Raises ValueError for shapes, dtypes or devices that do not fit, for
+    float16 on a CPU, and for a target outside [0, V) on a CPU; on other devices, where looking would mean waiting, such
+    a row is nan.
     """
     settings = {"bias": bias, "temperature": temperature, "scale": scale, "softcap": softcap}
     logp, _, entropy = linear_logp_statistics(hidden, weight, targets, **settings, want_entropy=return_entropy)
@@ -87,6 +89,8 @@ def linear_logp_statistics(
     check_linear(hidden, weight, targets)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(f"bias must be ({weight.shape[0]},) {weight.dtype}, not {tuple(bias.shape)} {bias.dtype}")
+    if bias is not None:
+        check_device(hidden, bias=bias)
     squash = squash_of(temperature, scale, softcap)
     head_needs_gradient = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not head_needs_gradient
@@ -126,11 +130,19 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         raise ValueError(f"hidden must be (N, D) and weight (V, D), not {shapes}")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden and weight must share a floating dtype, not {hidden.dtype} and {weight.dtype}")
+    check_device(hidden, weight=weight, targets=targets)
     if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
         raise ValueError("float16 products are emulated on CPU and very slow: pass bfloat16 or float32")
     if weight.shape[0] == 0:
         raise ValueError("weight must have at least one row: the vocabulary is empty")
     check_targets(targets, hidden.shape[0])
+
+
+def check_device(tensor: Tensor, **others: Tensor) -> None:
+    """ValueError that names the argument which is not where the tensor is: a kernel would say less, or nothing."""
+    for name, other in others.items():
+        if other.device != tensor.device:
+            raise ValueError(f"{name} must be on {tensor.device}, as the rest is, not on {other.device}")
 
 
 def check_targets(targets: Tensor, num_rows: int) -> None:

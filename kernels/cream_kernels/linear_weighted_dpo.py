@@ -27,7 +27,7 @@ from .linear_logp_torch import rows_that_count, scatter_rows, tile_shape
 from .linear_weighted_dpo_torch import PLAIN, Blocks, forward, margin_of, multiply_out, pair_chunks, sum_sequences
 from .products import transposed_room, wide_dtype
 from .reference import IGNORE
-from .weighted_dpo import weighted_dpo
+from .weighted_dpo import constant, weighted_dpo
 
 CHUNK_ROWS = 1024  # at least, of a CPU's chunks
 
@@ -54,9 +54,10 @@ def linear_weighted_dpo(
     recomputing takes 8NDV. Logits are plain products: for a head with bias, scale or softcap take linear_logp +
     weighted_dpo.
 
-    Memory is the two gradients and a chunk's logits: in float32 on CUDA, on a CPU in the dtype of the inputs, and in
-    dweight's own memory where one chunk of at most D rows is all. During the forward half precision also needs a
-    float32 sum of dweight, on a CPU only over several chunks. A backward that retains its graph makes dweight anew.
+    Memory is the two gradients and a chunk's logits: in float32 on CUDA, with a copy of hidden, on a CPU in the dtype
+    of the inputs, and in dweight's own memory where one chunk of at most D rows is all. During the forward half
+    precision also needs a float32 sum of dweight, on a CPU only over several chunks. A backward that retains its graph
+    makes dweight anew.
 
     On a CPU where one chunk is all, the two products wait for backward: any upstream is exact, and multiplied in before
     anything is rounded. Elsewhere those gradients are for an upstream of 1. dhidden takes any upstream exactly, a
@@ -86,7 +87,7 @@ def linear_weighted_dpo(
         shape = tuple(reference_logp.shape)
         raise ValueError(f"reference_logp must be ({num_sequences},), one a sequence, not {shape}")
     dtype = wide_dtype(hidden)
-    agreement = torch.as_tensor(agreement, dtype=dtype, device=hidden.device)
+    agreement = constant(agreement, dtype, hidden.device)
     if agreement.dim() > 0 and agreement.shape != (num_sequences // 2,):
         raise ValueError(f"agreement must be () or ({num_sequences // 2},), one a pair, not {tuple(agreement.shape)}")
     if torch.is_grad_enabled() and (reference_logp.requires_grad or agreement.requires_grad):

@@ -31,10 +31,17 @@ def weighted_dpo(
     Raises ValueError where agreement is neither a number nor of margin's shape.
     """
     dtype = wide_dtype(margin)
-    agreement = torch.as_tensor(agreement, dtype=dtype, device=margin.device)
+    agreement = constant(agreement, dtype, margin.device)
     if agreement.dim() > 0 and agreement.shape != margin.shape:
         raise ValueError(f"agreement must be () or {tuple(margin.shape)} as margin, not {tuple(agreement.shape)}")
     return _weighted_dpo(margin.to(dtype), agreement.expand(margin.shape))[0]
+
+
+def constant(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number is written on the device, where a copy of it would be waited for."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def loss_and_slope(margin: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
