@@ -13,13 +13,15 @@ import functools
 import importlib.util
 import io
 import json
+import logging
 import os
+import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -95,12 +97,23 @@ def _download(name: str, revision: str | None) -> str:
 
 
 def _check_directory(directory: Path) -> None:
-    """Refuse what is not a plain safetensors model: pickled weights, file names that lead out of the directory."""
+    """Refuse what is not a plain safetensors model: pickled weights, file names that lead out of the directory, files
+    cut off on their way here."""
     if not (directory / "config.json").is_file():
         raise UserError(f"model.path: {directory} has no config.json, so it is no Hugging Face model directory")
     for file in weight_files(directory):
         if not file.is_file():
             raise UserError(f"model.path: {file} is missing")
+        with _open(file):
+            pass
+
+
+def _open(file: Path) -> safe_open:
+    """The tensors of a safetensors file. Raises UserError where it is not whole: cut off, or a git-lfs pointer."""
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); fetch or copy it again") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -150,14 +163,17 @@ def config_value(directory: Path, field: str) -> int:
 def load(directory: Path, config: ModelConfig, gguf: str | None = None, place: torch.device | None = None) -> nn.Module:
     """A causal LM in evaluation mode on the device, or in `place`, in the configured dtype with the chosen attention.
 
-    Raises UserError where the model cannot be found, read, or is not of a kind that this project trains.
+    Raises UserError where the model cannot be found, read, is not what its config.json says, or is not of a kind that
+    this project trains.
     """
     from transformers import AutoModelForCausalLM
 
     dtype = choose_dtype(config.dtype)
     name = attention.register(attention.choose(config.attention, dtype))
     extra = _unpacked(gguf) if gguf else {"use_safetensors": True}
-    model = _from_pretrained(AutoModelForCausalLM, directory, dtype=dtype, attn_implementation=name, **extra)
+    extra |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which _check_tensors does not ignore
+    model, found = _from_pretrained(AutoModelForCausalLM, directory, dtype=dtype, attn_implementation=name, **extra)
+    _check_tensors(directory / (gguf or ""), found)
     if gguf:  # transformers keeps the file's quantisation in the config although the weights are dequantised
         model = _without_quantisation(model)
     _check_head(model)
@@ -191,16 +207,46 @@ def import_model(config: ModelConfig, directory: Path) -> None:
 
 
 def _from_pretrained(auto, directory: Path, **kwargs):
-    from transformers.utils import logging
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # the stages have their own
+    disable_progress_bar()  # the stages have their own
+    logging.getLogger("transformers.modeling_utils").addFilter(_no_report)
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         with quiet:  # converting a GGUF file shows a bar of its own, which off a terminal is hundreds of lines
             return auto.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path: {directory} cannot be loaded: {first}") from error
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError,
+            SafetensorError, StrictDataclassError, struct.error) as error:  # fmt: skip  # the last: a GGUF file cut off
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(" ".join(lines[:2]).split()) if lines[0].endswith(":") else lines[0]
+        place = directory / (kwargs.get("gguf_file") or "")
+        raise UserError(f"model.path: {place} cannot be loaded: {reason}") from error
+
+
+def _no_report(record: logging.LogRecord) -> bool:
+    """Without transformers' table of the tensors that are missing or too many, which _check_tensors refuses."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check_tensors(source: Path, found: Mapping[str, set]) -> None:
+    """Refuse weights that are not the model of their configuration. transformers would warn, and draw at random what it
+    did not find."""
+    if found["mismatched_keys"]:
+        name, shape, wanted = min(found["mismatched_keys"])
+        raise UserError(f"model.path: {source}: {name} is {tuple(shape)} where config.json has {tuple(wanted)}")
+    if found["missing_keys"]:
+        missing = _few(found["missing_keys"])
+        raise UserError(f"model.path: {source} lacks {missing} of the tensors in its configuration; save it whole")
+    if found["unexpected_keys"] and source.suffix != ".gguf":  # which has tensors beside the model's
+        held = _few(found["unexpected_keys"])
+        raise UserError(f"model.path: {source} holds {held}, which the model in its config.json does not have")
+
+
+def _few(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more" if others else first
 
 
 def _without_quantisation(model: nn.Module) -> nn.Module:
@@ -257,12 +303,13 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     overwritten and must not be used.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    seen = set()
+    seen: set[Tensor] = set()
     with torch.no_grad():
         for file in weight_files(directory):
-            with safe_open(file, framework="pt") as tensors:
+            with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; it follows from config.json
+                        continue
                     if name not in parameters:
                         raise UserError(f"{file}: holds {name}, which the model does not have: another architecture")
                     tensor = tensors.get_tensor(name)
@@ -273,10 +320,9 @@ def load_weights(model: nn.Module, directory: Path) -> None:
                     if parameters[name].is_cuda:  # the next tensor is read and pinned while this one is sent
                         tensor = tensor.pin_memory()
                     parameters[name].copy_(tensor, non_blocking=True)
-                    seen.add(name)
-    missing = {n for n in parameters if n not in seen and not (tied and "lm_head" in n)}
-    if missing:
-        raise UserError(f"{directory}: lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors of the model")
+                    seen.add(parameters[name])
+    if missing := [name for name in parameters if parameters[name] not in seen]:  # a tied head has two names
+        raise UserError(f"{directory}: lacks {_few(missing)} of the model's tensors")
 
 
 class Resident:

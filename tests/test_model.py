@@ -195,6 +195,74 @@ def test_sharded_checkpoints_are_read_whole(copy, loaded):
     assert all(torch.equal(p, truth[n]) for n, p in loaded.named_parameters())
 
 
+def says(**values):
+    return lambda place: change(place / "config.json", **values)
+
+
+def without(name):
+    def drop(place):
+        tensors = load_file(place / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+    return drop
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (without("model.norm.weight"), "copy lacks model.norm.weight of the tensors in its configuration"),
+        (without("model.embed_tokens.weight"), "copy lacks lm_head.weight and 1 more of the tensors"),
+        (says(num_hidden_layers=3), "lacks model.layers.2.* and 8 more of the tensors"),
+        (says(num_hidden_layers=1), "holds model.layers.1.* and 8 more, which the model in its config.json does not"),
+        (says(intermediate_size=64), r"down_proj.weight is \(32, 48\) where config.json has \(32, 64\)"),
+        (says(num_attention_heads=5), "hidden size .32. is not a multiple of the number of attention heads"),
+    ],
+)
+def test_weights_that_are_not_the_model_of_their_configuration_are_refused(copy, capfd, harm, message):
+    """transformers warns of all but the last, and draws the rest at random."""
+    harm(copy)
+    for loads in (lambda: load(copy, FLOAT32), lambda: Resident(copy, FLOAT32).at(copy)):
+        with pytest.raises(UserError, match=message) as error:
+            loads()
+        assert "\n" not in str(error.value)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [lambda whole: whole[:-100], lambda whole: b"", lambda whole: b"version https://git-lfs.github.com/spec/v1\noid s"],
+)
+def test_a_safetensors_file_that_is_not_whole_is_named(copy, tiny, loaded, content):
+    file = copy / "model.safetensors"
+    file.write_bytes(content(file.read_bytes()))
+    for reads in (lambda: fetch(ModelConfig(path=str(copy))), lambda: load_weights(loaded, copy)):
+        with pytest.raises(UserError, match="copy/model.safetensors: not a whole safetensors file") as error:
+            reads()
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="copy cannot be loaded: "):
+        load(copy, FLOAT32)
+
+
+def test_a_gguf_file_that_ends_early_is_named(tmp_path):
+    (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(UserError, match="short.gguf cannot be loaded: "):
+        load(tmp_path, FLOAT32, "short.gguf")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_old_checkpoints_may_hold_the_rotations_frequencies(tokenizer, tmp_path, tied):
+    place = write_model(tmp_path / "old", tokenizer, 0, tie_word_embeddings=tied)
+    tensors = load_file(place / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    model = load(place, FLOAT32)
+    truth = head(model).clone()
+    with torch.no_grad():
+        head(model).zero_()
+    load_weights(model, place)
+    assert torch.equal(head(model), truth)
+
+
 def test_code_in_a_model_directory_does_not_run(copy, tmp_path):
     marker = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
@@ -212,7 +280,7 @@ def test_checkpoints_of_another_vocabulary_or_architecture_are_refused(loaded, t
     with pytest.raises(UserError, match="layers.2.*another architecture"):
         load_weights(loaded, deep)
     shallow = write_model(tmp_path / "shallow", tokenizer, 0, num_hidden_layers=1)
-    with pytest.raises(UserError, match="lacks model.layers.1.* more tensors of the model"):
+    with pytest.raises(UserError, match="lacks model.layers.1.* and 8 more of the model's tensors"):
         load_weights(loaded, shallow)
 
 
