@@ -27,6 +27,10 @@ from cream.recipes import Given
 
 DEFAULT_RECIPE = "smoke"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a LLaMA layer
+CHECKPOINT_EVERY = (  # the help of sft's and train's
+    "optimizer steps between checkpoints, which is as many as a killed run does again; 0 keeps none: it does the whole "
+    "training again"
+)
 NEEDS_PEFT = "lora.r is above 0, which takes peft, and it is not installed; run: pip install -e .[peft]"
 
 
@@ -169,7 +173,7 @@ class SFTConfig:
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
     clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
-    checkpoint_every: int = _field(0, COUNT_OR_ZERO, "optimizer steps between checkpoints; 0 saves only at the end")
+    checkpoint_every: int = _field(0, COUNT_OR_ZERO, CHECKPOINT_EVERY)
 
 
 @dataclass
@@ -244,7 +248,7 @@ class TrainConfig:
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
     clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
-    checkpoint_every: int = _field(0, COUNT_OR_ZERO, "optimizer steps between checkpoints; 0 saves only at the end")
+    checkpoint_every: int = _field(0, COUNT_OR_ZERO, CHECKPOINT_EVERY)
 
 
 @dataclass

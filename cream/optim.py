@@ -291,7 +291,7 @@ class Schedule:
     warmup: float  # fraction of steps
     weight_decay: float
     clip: float  # gradient norm; 0 clips nothing
-    checkpoint_every: int  # steps; 0: never before the end
+    checkpoint_every: int  # steps; 0: never
 
 
 def descend(

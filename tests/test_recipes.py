@@ -8,6 +8,7 @@ import pytest
 from cream import recipes
 from cream.config import Config, keys, load_recipe, to_yaml
 from cream.log import UserError
+from cream.plan import known_shape, plan
 
 LLAMAS = ["llama2-7b", "llama3-8b"]
 LORA = "llama2-7b-lora"
@@ -156,6 +157,15 @@ def test_the_models_have_the_published_sizes_and_hold_the_recipes_sequences(name
     for limit in (config.sft.max_length, config.train.max_length, config.score.max_length):
         assert limit <= shape.max_position_embeddings
     assert config.data.max_prompt_tokens + config.sample.max_new_tokens <= config.train.max_length
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_kill_costs_few_steps_where_they_take_long_and_the_plan_counts_the_disk(name):
+    config = load_recipe(name)
+    every = {"smoke": 0, "smollm2-135m": 10}.get(name, 50)
+    assert config.sft.checkpoint_every == config.train.checkpoint_every == every
+    rows = [what for what, _ in plan(config, known_shape(config.model.path)).disk]
+    assert sum("step checkpoints" in what for what in rows) == (every > 0)
 
 
 def test_smoke_has_the_built_in_prompts_that_it_asks_for():
