@@ -26,11 +26,13 @@ from torch import Tensor
 
 from bench import options
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
 CPUINFO = Path("/proc/cpuinfo")
 SLOW = 5  # times as slow as the first, cream, and over a tenth of the budget: one timed call has to do
+WRITTEN = ("bench/results", "bench/plots", "README.md")  # by benchmarks and bench.report: of no matter to what is timed
 FLUSH_BYTES = 2**28  # more than the L2 cache of any card
-FEWEST_REPEATS = 3
+FEWEST_REPEATS = 5
 
 PROTOCOL = """\
 Protocol. Every implementation gets the same inputs and is first checked against float64: for every output (results and
@@ -39,9 +41,9 @@ gradients) the relative error ||out - truth|| / ||truth|| may be at most twice t
 over 5 times as slow as cream and takes long: that turn is its time. The others take turns in one process, so that what
 else the machine does falls on all: median (p20 to p80; least and most below five turns).
 On a GPU each call starts with a cold L2 (256 MB are written before) and is timed by events. Limits are measured in the
-same run: the bare matrix products of the operation (no smaller number of floating-point operations is known), and the
-bytes that must move at the speed of a large copy; "of limit" is the larger of the two over the time, above 1 where an
-implementation multiplies faster than torch. Memory is the peak during one call beyond what was there before it, results
+same run: the bare matrix products of the operation by torch (no smaller number of floating-point operations is known;
+of float32 copies where a CPU multiplies no half precision), and the bytes that must move at the speed of a large copy;
+"of limit" is the larger of the two over the time, above 1 where an implementation multiplies faster than torch. Memory is the peak during one call beyond what was there before it, results
 and gradients included; "extra" is without the weight's own gradient. On a GPU it is the allocator's peak. On a CPU each
 implementation runs in a fresh process, where every block of a MiB comes from the system and goes back to it: inputs
 made, one call of full size (so that libraries are loaded and code is compiled), freed memory returned to the system,
@@ -78,15 +80,18 @@ def device_name(device: str) -> str:
     return known["model name"] + number
 
 
+@cache
 def commit() -> str | None:
-    """The commit that is measured, with "+" where files differ from it; None outside a checkout."""
+    """The commit that is measured, with "+" where files differ from it that could matter; None outside a checkout."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
-        )
+        differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in WRITTEN))
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(differs)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip()
 
 
 def version(package: str) -> str | None:
@@ -232,8 +237,9 @@ def measure(case: Case, args: Namespace, memory: Mapping[str, float | None]) -> 
         return []
     turns = {name: right[name] for name in shown} | {f"bare {name}": f for name, f in case.bare.items()}
     once = interleave(turns, 1, device, warm_up=0)
-    repeats = max(FEWEST_REPEATS, min(args.repeats, int(1e3 * args.budget / sum(ms for (ms,) in once.values()))))
     slow = {name for name, (ms,) in once.items() if ms > SLOW * once[shown[0]][0] and ms > 1e3 * args.budget / 10}
+    a_turn = sum(ms for name, (ms,) in once.items() if name not in slow)
+    repeats = max(FEWEST_REPEATS, min(args.repeats, int(1e3 * args.budget / a_turn)))
     times = interleave({name: turns[name] for name in turns if name not in slow}, repeats, device, warm_up=0)
     times |= {name: once[name] for name in slow}
     limits = case.limits_ms | {name: statistics.median(times[f"bare {name}"]) for name in case.bare}
