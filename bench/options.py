@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,9 @@ import torch
 from bench.shapes import HEADS
 from cream_kernels.products import multiplies_halves
 
-# Seconds of timed turns a case, three turns at least
+QUICK = Path(__file__).parent / ".quick"  # where the rows of a quick look go; not committed
+
+# Seconds of timed turns a case, some turns at least
 BUDGET = {"tiny": 0.0, "small": 3.0, "cpu": 30.0, "full": 2.0}
 REPEATS = {"tiny": 3, "small": 5, "cpu": 15, "full": 50}
 
@@ -42,16 +44,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--modes", type=words, help="only these of the benchmark's modes")
     p.add_argument("--repeats", type=int, help="turns at most")
-    p.add_argument("--budget", type=float, help="seconds of turns a case, three turns at least")
+    p.add_argument("--budget", type=float, help="seconds of turns a case, five turns at least")
     p.add_argument("--no-memory", dest="memory", action="store_false", help="no peaks (on a CPU they need processes)")
-    p.add_argument("--until", type=float, default=math.inf, help="seconds since 1970 after which no case begins")
-    p.add_argument("--results", type=Path, help="folder for the rows; default: bench/results")
+    p.add_argument("--until", type=float, help="seconds since 1970 after which no case begins, or inf")
+    p.add_argument(
+        "--results", type=Path, help="folder for the rows; default: bench/results, for --tiny and --small bench/.quick"
+    )
     return p
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the device and the size."""
     args.size = args.size or ("full" if args.device == "cuda" else "cpu")
+    if args.results is None and args.size in ("tiny", "small"):
+        args.results = QUICK
     args.budget = BUDGET[args.size] if args.budget is None else args.budget
     args.repeats = args.repeats or REPEATS[args.size]
     if args.dtypes is None:
@@ -73,7 +79,7 @@ def resolve_models(args: argparse.Namespace, dtypes: Sequence[str]) -> argparse.
 
 def is_over(args: argparse.Namespace, left: int) -> bool:
     """Whether no case should begin any more; says how many are left out then."""
-    over = time.time() > args.until
+    over = args.until is not None and time.time() > args.until
     if over:
         print(f"  out of time: {left} case{'' if left == 1 else 's'} left out (--until inf measures all)", flush=True)
     return over
@@ -83,17 +89,22 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     return resolve(parser(description).parse_args(argv))
 
 
-def chosen(asked: list | None, offered: Sequence, what: str) -> list:
-    """The offered ones that were asked for, all if nothing was; SystemExit(2) for a name that is not offered."""
+def chosen(asked: list | None, offered: Sequence, what: str, default: list | None = None) -> list:
+    """The offered ones that were asked for, `default` or all if nothing was; exits with 2 for what is not offered."""
     unknown = [name for name in asked or [] if name not in offered]
     if unknown:
-        raise SystemExit(f"bench: no {what} {unknown[0]!r} here; there are {', '.join(map(str, offered))}")
-    return [name for name in offered if asked is None or name in asked]
+        print(f"bench: no {what} {unknown[0]!r} here; there are {', '.join(map(str, offered))}", file=sys.stderr)
+        raise SystemExit(2)
+    if asked is None:
+        return list(offered if default is None else default)
+    return [name for name in offered if name in asked]
 
 
 def heads(args: argparse.Namespace, sizes: dict[str, list[tuple[str, int]]]) -> list[tuple[str, int]]:
     """(model, tokens) of the size; models and token counts that are named replace the size's own."""
     pairs = sizes[args.size]
+    if not args.models and not args.tokens:
+        return pairs
     models = chosen(args.models, [*HEADS], "model") if args.models else list(dict.fromkeys(m for m, _ in pairs))
     return [
         (model, N)

@@ -22,13 +22,14 @@ HEADS = {
     "Qwen2.5-7B": Head(3584, 152064),
 }
 
-# size -> (model, N); "cpu" is what is measured on a CPU where no size is asked for, "full" is for a GPU
+# size -> (model, N); "cpu" is what is measured on a CPU where no size is asked for, "full" is for a GPU, where the time
+# may end before the last
 HEAD_SIZES = {
     "tiny": [("tiny", 48)],
     "small": [("SmolLM2-135M", 128)],
     "cpu": [(model, N) for model in ("SmolLM2-135M", "LLaMA-2-7B") for N in (512, 2048)],
     "full": [
-        *((model, N) for model in ("LLaMA-2-7B", "LLaMA-3-8B") for N in (2048, 8192)),
+        *((model, N) for N in (8192, 2048) for model in ("LLaMA-2-7B", "LLaMA-3-8B")),
         ("Qwen2.5-7B", 8192),
     ],
 }
