@@ -4,7 +4,8 @@ From the plainest step that the trainer takes to the one that a run takes; each 
 those before it changed. `gain` is the time of the rung before over this one's, `predicted` the same of floating-point
 operations, recomputed ones included: where a rung saves no arithmetic (packing, another attention) that is 1, and the
 gain is what it is for. MFU counts useful operations only. Correctness first: the mean loss of four pairs, against
-float64; then turns in one process. Pairs as in bench.step.
+float64; then turns in one process. Pairs as in bench.step, or of the one length that --lengths names: what a prompt
+computed once brings depends on it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from bench import harness, options, peak, peers, tables
 from bench.models import directory_of
-from bench.step import CHECKED, CPU_BATCH_TOKENS, SIZES, checked_loss, make_pairs
+from bench.step import CHECKED, CPU_BATCH_TOKENS, LENGTHS, SIZES, Lengths, checked_loss, make_pairs
 from cream import attention
 from cream.config import ModelConfig, TrainConfig
 from cream.dpo import group_of, loss_of, train
@@ -150,12 +151,16 @@ def measure(model_name: str, pairs: Sequence[dict], dtype: str, args: argparse.N
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
     parser.add_argument("--pairs", type=int, help="a step's")
+    parser.add_argument("--lengths", type=int, nargs=2, metavar=("PROMPT", "ANSWER"), help="tokens of every pair's")
     args = parser.parse_args(argv)
     options.resolve_models(args, ["float32"])
-    model = SIZES[args.size][0]
+    model, lengths = SIZES[args.size][0], LENGTHS[args.size]
+    if args.lengths:
+        prompt, answer = args.lengths
+        lengths = Lengths(prompt, answer, prompt, answer, 0.0, 0.0)
     rows = []
     for dtype in args.dtypes:
-        pairs = make_pairs(args.pairs or PAIRS[args.size], directory_of(model, dtype))
+        pairs = make_pairs(args.pairs or PAIRS[args.size], directory_of(model, dtype), lengths)
         found = measure(model, pairs, dtype, args)
         harness.record("ladder", found, args.results)
         rows += found

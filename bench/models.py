@@ -38,5 +38,13 @@ def directory_of(model: str, dtype: str) -> Path:
         torch.manual_seed(0)
         config = LlamaConfig(**RANDOM[model], max_position_embeddings=4096, tie_word_embeddings=False)
         LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory)
+        load_tokenizer(tokenizer()).save_pretrained(directory)
+    return directory
+
+
+def tokenizer() -> Path:
+    """SmolLM2's alone, so that a machine that has this folder and not the package can make the models of RANDOM."""
+    directory = CACHE / "smollm2-135m-tokenizer"
+    if not (directory / "tokenizer_config.json").is_file():
         load_tokenizer(smollm2("float32")).save_pretrained(directory)
     return directory

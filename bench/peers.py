@@ -122,7 +122,7 @@ def trl_default_linear_logp() -> Callable:
 
 
 def liger_linear_logp() -> Callable:
-    """The CuTe kernel on Hopper where liger-kernel[cutedsl] is installed, chunks of 512 tokens in torch elsewhere."""
+    """The CuTe kernel on Hopper, which needs liger-kernel[cutedsl], chunks of 512 tokens in torch elsewhere."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
 
     return lambda hidden, weight, targets: -_first(function.apply(hidden, weight, targets))
@@ -138,9 +138,8 @@ def liger_flce_linear_logp() -> Callable:
 def cce_linear_logp(**options) -> Callable:
     from cut_cross_entropy import linear_cross_entropy
 
-    impl = "cce" if torch.cuda.is_available() else "torch_compile"
-
     def linear_logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        impl = "cce" if hidden.is_cuda else "torch_compile"
         return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl, **options)
 
     return linear_logp

@@ -110,7 +110,8 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
         print(f"  {wrong} is wrong, so it gives no row: {errors[wrong]}")
         del ways[wrong]
     tokens = sum(len(p) + sum(map(len, responses)) for p, responses in groups)
-    times = harness.interleave({n: lambda way=way: way(groups) for n, way in ways.items()}, args.repeats, device)
+    run = {name: lambda way=way: way(groups) for name, way in ways.items()}
+    times = harness.interleave(run, args.repeats, device, warm_up=len(groups) > CHECKED)
     rows = []
     for impl, ms in times.items():
         key = {"shape": [count, args.responses], "model": name, "dtype": dtype, "impl": impl}

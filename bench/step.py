@@ -1,15 +1,16 @@
 """Time one optimizer step of weighted DPO against TRL's DPOTrainer: python -m bench.step
 
-The same model, the same pairs of GSM8K-like lengths, cached reference log-probs and AdamW (fused) on both sides; TRL
-with its defaults (8 pairs a micro-batch, gradient checkpointing) and with checkpointing off. Ours trains as a run does,
-by its own defaults, on a CPU with batches of 2,048 tokens. In bfloat16 TRL keeps float32 weights under autocast, its
-default, and ours bfloat16 weights with float32 masters. Agreement is 1 throughout, since TRL has no weight for a pair.
-Correctness first: the mean loss of four pairs, against float64.
+The same model, the same pairs, cached reference log-probs and AdamW (fused) on both sides; TRL with its defaults (8
+pairs a micro-batch, gradient checkpointing) and with checkpointing off. Ours trains as a run does, by its own defaults,
+on a CPU with batches of 2,048 tokens. In bfloat16 TRL keeps float32 weights under autocast, its default, and ours
+bfloat16 weights with float32 masters. Agreement is 1 throughout, since TRL has no weight for a pair. Correctness first:
+the mean loss of four pairs, against float64.
 
-Each implementation lives in a process of its own and they take turns, after a step of one of TRL's micro-batches that
-does not count. A pair counts once however it is padded. Memory is the peak of the first counted step with weights,
-optimizer and all, beyond what the process held before the model came.
-On a GPU the model is as wide as LLaMA-2-7B, with 8 of its 32 layers and random weights.
+Each implementation lives in a process of its own and they take turns, after a step that does not count, of one of TRL's
+micro-batches or of half the pairs. A pair counts once however it is padded. Memory is the peak of the first counted
+step with weights, optimizer and all, beyond what the process held before the model came.
+On a CPU answers are as long as GSM8K's. On a GPU they are as long as UltraFeedback's, and the model is as wide as
+LLaMA-2-7B, with 8 of its 32 layers and random weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +43,23 @@ CHECKED = 4  # pairs
 TRL_PAIRS = 8  # its per_device_train_batch_size
 
 
-def make_pairs(count: int, directory: Path) -> list[dict]:
-    """Rows of pairs.jsonl: questions of 95 tokens with their template, answers of 120 in the median, running text."""
+class Lengths(NamedTuple):
+    """Medians in tokens, log-normal around them; equal where the spreads are 0."""
+
+    prompt: int = 95  # with its template
+    answer: int = 120
+    longest_prompt: int = 250
+    longest_answer: int = 320
+    prompt_spread: float = 0.35
+    answer_spread: float = 0.4
+
+
+SHORT = Lengths()
+LENGTHS = {size: SHORT for size in SIZES} | {"full": Lengths(200, 400, 400, 624)}
+
+
+def make_pairs(count: int, directory: Path, lengths: Lengths = SHORT) -> list[dict]:
+    """Rows of pairs.jsonl, of running text."""
     from transformers import AutoTokenizer
 
     from cream.data import load_prompts
@@ -52,16 +69,17 @@ def make_pairs(count: int, directory: Path) -> list[dict]:
     ids = [token % vocabulary for token in AutoTokenizer.from_pretrained(directory)(text)["input_ids"]]
     rng = np.random.default_rng(0)
 
-    def piece(median: float, sigma: float, most: int) -> list[int]:
-        length = int(np.clip(median * np.exp(sigma * rng.standard_normal()), 40, most))
+    def piece(median: float, spread: float, most: int) -> list[int]:
+        length = int(np.clip(median * np.exp(spread * rng.standard_normal()), 40, most))
         start = int(rng.integers(0, len(ids) - length))
         return ids[start : start + length]
 
     pairs = []
     for p in range(count):
-        row = {"prompt_id": str(p), "prompt_ids": piece(95, 0.35, 250), "agreement": 1.0}
+        prompt = piece(lengths.prompt, lengths.prompt_spread, lengths.longest_prompt)
+        row = {"prompt_id": str(p), "prompt_ids": prompt, "agreement": 1.0}
         for side in ("chosen", "rejected"):
-            row[f"{side}_ids"] = piece(120, 0.4, 320)
+            row[f"{side}_ids"] = piece(lengths.answer, lengths.answer_spread, lengths.longest_answer)
             row[f"logp_{side}"] = float(-2.5 * len(row[f"{side}_ids"]) + 5 * rng.standard_normal())
         pairs.append(row)
     return pairs
@@ -243,12 +261,15 @@ def checked_loss(directory: Path, pairs: Sequence[dict], dtype: torch.dtype, dev
     logp = torch.tensor(padded_full_logits(model, groups, 2), dtype=torch.float64).view(-1, 2)
     reference = torch.tensor([[pair["logp_chosen"], pair["logp_rejected"]] for pair in pairs[:CHECKED]]).double()
     ratio = logp - reference
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the processes that follow
     return -functional.logsigmoid(peers.BETA * (ratio[:, 0] - ratio[:, 1])).mean().item()
 
 
 def measure(model: str, count: int, dtype: str, names: Sequence[str], args: argparse.Namespace) -> list[dict]:
     directory = directory_of(model, dtype)
-    pairs = make_pairs(count, directory)
+    pairs = make_pairs(count, directory, LENGTHS[args.size])
     exact, plain = (
         torch.tensor(checked_loss(directory, pairs, kind, args.device), dtype=torch.float64)
         for kind in (torch.float64, getattr(torch, dtype))
@@ -268,7 +289,7 @@ def measure(model: str, count: int, dtype: str, names: Sequence[str], args: argp
     answers: dict[str, list[dict]] = {found.name: [] for found in workers}
     for turn in range(1 + args.repeats):
         for found in list(workers):
-            answer = found.step(count if turn else min(TRL_PAIRS, count))
+            answer = found.step(count if turn else min(TRL_PAIRS, -(-count // 2)))
             if answer is None:
                 workers.remove(found)
             elif turn:
