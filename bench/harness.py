@@ -43,12 +43,12 @@ else the machine does falls on all: median (p20 to p80; least and most below fiv
 On a GPU each call starts with a cold L2 (256 MB are written before) and is timed by events. Limits are measured in the
 same run: the bare matrix products of the operation by torch (no smaller number of floating-point operations is known;
 of float32 copies where a CPU multiplies no half precision), and the bytes that must move at the speed of a large copy;
-"of limit" is the larger of the two over the time, above 1 where an implementation multiplies faster than torch. Memory is the peak during one call beyond what was there before it, results
-and gradients included; "extra" is without the weight's own gradient. On a GPU it is the allocator's peak. On a CPU each
-implementation runs in a fresh process, where every block of a MiB comes from the system and goes back to it: inputs
-made, one call of full size (so that libraries are loaded and code is compiled), freed memory returned to the system,
-the process's high-water mark put back, then that mark after one more call less that before it (VmHWM, so Linux
-only)."""
+"of limit" is the larger of the two over the time, above 1 where an implementation multiplies faster than torch. Memory
+is the peak during one call beyond what was there before it, results and gradients included; "extra" is without the
+weight's own gradient. On a GPU it is the allocator's peak. On a CPU each implementation runs in a fresh process, where
+every block of a MiB comes from the system and goes back to it: inputs made, one call of full size (so that libraries
+are loaded and code is compiled), freed memory returned to the system, the process's high-water mark put back, then that
+mark after one more call less that before it (VmHWM, so Linux only)."""
 
 
 @dataclass
