@@ -2,8 +2,9 @@
 
 Of each case of bench/results/NAME.jsonl the newest row of each implementation counts. In the README a block between
 `<!-- bench:NAME -->` and `<!-- /bench -->` holds ours beside the fastest peer, or every row where none is ours, and the
-plot of the device that was measured last; it is empty where there is no such file. bench/results/README.md has every
-row and plot. --check changes nothing and exits with 1 where something differs from the rows.
+plot, of the device that was measured last; it is empty where there is no such file. The block of bench:all has how many
+times as fast as the fastest peer ours is, of all benchmarks on all devices. bench/results/README.md has every row and
+plot. --check changes nothing and exits with 1 where something differs from the rows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from bench import harness, tables
@@ -32,13 +34,18 @@ def rewrite(text: str, results: Path) -> str:
 
     def block(match: re.Match) -> str:
         opening, name, closing = match.groups()
+        if name == "all":
+            drawn = tables.overviews(everything(results))
+            cases = [case for of_a_device in drawn.values() for case in of_a_device]
+            return f"{opening}\n{tables.glance(cases)}\n\n{closing}" if cases else opening + closing
         rows = harness.read(name, results)
         if not rows:
             return opening + closing
-        shown = tables.summary(rows) if any(map(tables.is_ours, rows)) else tables.markdown(rows)
         drawings = tables.drawings(name, rows)
         last = max(drawings, key=lambda file: max(row["date"] for row in drawings[file]))
-        images = pictures(name, {last: drawings[last]}, "bench/plots")
+        rows = drawings[last]
+        shown = tables.summary(rows) if any(map(tables.is_ours, rows)) else tables.markdown(rows)
+        images = pictures(name, {last: rows}, "bench/plots")
         return f"{opening}\n{shown}\n\n{source(name, rows)}\n\n{images}\n\n{closing}"
 
     return BLOCK.sub(block, text)
@@ -47,6 +54,8 @@ def rewrite(text: str, results: Path) -> str:
 def page(results: Path) -> str:
     """The text of bench/results/README.md."""
     parts = [PAGE]
+    for file, cases in tables.overviews(everything(results)).items():
+        parts.append(f"![all on {cases[0].device}](../plots/{file})\n")
     for path in sorted(results.glob("*.jsonl")):
         rows = harness.read(path.stem, results)
         images = pictures(path.stem, tables.drawings(path.stem, rows), "../plots")
@@ -64,13 +73,21 @@ def pictures(name: str, drawings: dict[str, list[dict]], plots: str) -> str:
     return "\n".join(f"![{name} on {rows[0]['device']}]({plots}/{file})" for file, rows in drawings.items())
 
 
-def drawings(results: Path) -> dict[str, tuple[str, list[dict]]]:
-    """Every plot that there should be: file name -> benchmark and rows."""
-    return {
-        file: (path.stem, rows)
-        for path in sorted(results.glob("*.jsonl"))
-        for file, rows in tables.drawings(path.stem, harness.read(path.stem, results)).items()
+def everything(results: Path) -> dict[str, list[dict]]:
+    return {path.stem: harness.read(path.stem, results) for path in sorted(results.glob("*.jsonl"))}
+
+
+def drawings(results: Path) -> dict[str, tuple[str, Callable[[Path], None]]]:
+    """Every plot that there should be: file name -> its digest and what draws it."""
+    rows_of = everything(results)
+    found = {
+        file: (tables.overview_digest(cases), partial(tables.plot_overview, cases=cases))
+        for file, cases in tables.overviews(rows_of).items()
     }
+    for name, rows in rows_of.items():
+        for file, members in tables.drawings(name, rows).items():
+            found[file] = tables.digest(members), partial(tables.plot, name=name, rows=members)
+    return found
 
 
 def differences(readme: Path, results: Path, plots: Path) -> list[str]:
@@ -80,7 +97,7 @@ def differences(readme: Path, results: Path, plots: Path) -> list[str]:
     for path in sorted(plots.glob("*.svg")):
         if path.name not in wanted:
             found.append(f"{path.name} has no rows")
-        elif tables.digest(wanted[path.name][1]) not in path.read_text("utf-8"):
+        elif wanted[path.name][0] not in path.read_text("utf-8"):
             found.append(f"{path.name} differs from the rows")
     rows = results / "README.md"
     if not rows.exists() or rows.read_text("utf-8") != page(results):
@@ -91,8 +108,8 @@ def differences(readme: Path, results: Path, plots: Path) -> list[str]:
 
 def write(readme: Path, results: Path, plots: Path) -> None:
     wanted = drawings(results)
-    for file, (name, rows) in wanted.items():
-        tables.plot(plots / file, name, rows)
+    for file, (_, draw) in wanted.items():
+        draw(plots / file)
     for path in plots.glob("*.svg"):
         if path.name not in wanted:
             path.unlink()

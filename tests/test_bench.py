@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-import time
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ from bench import (
 )
 from bench import native as native_bench
 from bench import weighted_dpo as dpo
+from bench.shapes import HEAD_SIZES
 from cream.config import ModelConfig
 from cream.dpo import loss_of
 from cream.model import load
@@ -112,6 +113,25 @@ def test_a_processor_has_a_number_beside_its_name(tmp_path, monkeypatch):
     assert harness.device_name("cpu") == "Cortex"
 
 
+def test_results_do_not_make_a_commit_another(tmp_path, monkeypatch):
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
+
+    for name in ("bench/results/x.jsonl", "README.md", "code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    found = []
+    for changed in (None, "bench/results/x.jsonl", "README.md", "code.py"):
+        if changed:
+            (tmp_path / changed).write_text("two\n")
+        found.append(harness.commit.__wrapped__())
+    assert found[0] and found == [found[0]] * 3 + [found[0] + "+"]
+
+
 def test_a_row_holds_what_it_takes_to_believe_it():
     found = case(cream=1.0, eager=1.0)
     found.limits_ms["bytes"], found.versions["cream"], found.scale["eager"] = 1e-6, "cream-trainer 1", 10.0
@@ -136,6 +156,15 @@ def test_turns_interleave():
     times = harness.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 2, "cpu")
     assert calls == list("abc") * 3
     assert {name: len(ms) for name, ms in times.items()} == dict(a=2, b=2, c=2)
+
+
+def test_the_slow_leave_the_others_their_turns(monkeypatch):
+    """What is timed once takes no share of the budget."""
+    found = case(cream=1.0, eager=1.0, peer=1.0)
+    takes = {found.run["cream"]: 10.0, found.run["eager"]: 400.0, found.run["peer"]: 30.0}
+    monkeypatch.setattr(harness, "_milliseconds", lambda function, device: takes[function])
+    rows = harness.measure(found, arguments(repeats=12, budget=0.4), {})
+    assert {found["impl"]: found["repeats"] for found in rows} == {"cream": 10, "eager": 1, "peer": 10}
 
 
 def test_spread():
@@ -246,26 +275,64 @@ def test_no_case_begins_after_the_end(main, name, tmp_path, capsys):
     assert len({found["dtype"] for found in harness.read(name, tmp_path)}) == 2
 
 
-def test_all_benchmarks_share_the_time(monkeypatch):
-    def until(*given):
-        commands = []
-        monkeypatch.setattr(sys, "argv", ["bench", *given])
-        monkeypatch.setattr(bench_all.subprocess, "run", lambda command: commands.append(command) or Done())
-        bench_all.main()
-        names = [*bench_all.MODELS, *bench_all.KERNELS]
-        assert [command[2] for command in commands] == [f"bench.{name}" for name in names]
-        parsed = [options.parser("").parse_known_args(command[3:])[0] for command in commands]
-        assert all(args.until == math.inf for args in parsed[: len(bench_all.MODELS)])
-        return [args.until - time.time() for args in parsed[len(bench_all.MODELS) :]]
+class Clock:
+    """Seconds that pass when benchmarks take them."""
 
-    class Done:
-        returncode = 0
+    def __init__(self, takes: float):
+        self.now, self.takes, self.commands = 1e9, takes, []
 
-    for size, seconds in (("--small", 300), ("--full", 480)):
-        ends = until(size)
-        assert len(ends) == 5 and ends == sorted(ends) and 0 < ends[0] and 0.6 * seconds < ends[-1] < 0.7 * seconds
-    assert until("--tiny") == [math.inf] * 5
-    assert until("--small", "--until", "inf") == [math.inf] * 5
+    def run(self, command: list[str]) -> argparse.Namespace:
+        self.commands.append((self.now, command))
+        self.now += self.takes
+        return argparse.Namespace(returncode=0)
+
+
+def ends(monkeypatch, tmp_path, takes: float, *given: str) -> dict[str, float | None]:
+    """Of all benchmarks that begin: the seconds that each is left, None without a limit."""
+    clock = Clock(takes)
+    monkeypatch.setattr(sys, "argv", ["bench", "--results", str(tmp_path), *given])
+    monkeypatch.setattr(bench_all.subprocess, "run", clock.run)
+    monkeypatch.setattr(bench_all.time, "time", lambda: clock.now)
+    bench_all.main()
+    parsed = {c[2]: (now, options.parser("").parse_args(c[3:]).until) for now, c in clock.commands}
+    return {name.removeprefix("bench."): end if end is None else end - now for name, (now, end) in parsed.items()}
+
+
+def test_all_benchmarks_share_the_time(monkeypatch, tmp_path):
+    found = ends(monkeypatch, tmp_path, 10.0, "--small")
+    assert list(found) == list(bench_all.ORDER["small"])
+    left = 300.0 - 3 * 10
+    for name in ("kendall", "top_p", "gather_logp", "linear_logp", "weighted_dpo"):
+        assert found[name] == pytest.approx(bench_all.ORDER["small"][name] * left, abs=1)
+        left -= 10
+    assert [found[name] for name in ("score", "sample", "step")] == [None] * 3
+    found = ends(monkeypatch, tmp_path, 90.0, "--full")  # whole models want a minute
+    assert list(found) == ["step", "linear_logp", "weighted_dpo", "gather_logp", "score", "top_p", "kendall"]
+    for given in (["--tiny"], ["--small", "--until", "inf"]):
+        found = ends(monkeypatch, tmp_path, 1e6, *given)
+        assert len(found) == 8 and [end for end in found.values() if end not in (None, math.inf)] == []
+    with pytest.raises(SystemExit) as stop:
+        ends(monkeypatch, tmp_path, 1.0, "--peers", "eager")
+    assert stop.value.code == 2
+
+
+def test_all_end_with_one_table_and_one_plot(monkeypatch, tmp_path, capsys):
+    harness.record("score", [row(date="2001-01-01T00:00:00+00:00", model="old"), row(impl="peer")], tmp_path)
+
+    def run(command: list[str]) -> argparse.Namespace:
+        if command[2] == "bench.linear_logp":
+            now = {"date": "2999-01-01T00:00:00+00:00", "mode": "forward", "extra_mib": 1.0}
+            peer = {"impl": "eager", "ms": 3.0, "extra_mib": 8.0}
+            harness.record("linear_logp", [row(**now), row(**(now | peer))], tmp_path)
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(sys, "argv", ["bench", "--tiny", "--results", str(tmp_path)])
+    monkeypatch.setattr(bench_all.subprocess, "run", run)
+    bench_all.main()
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("linear_logp ")]
+    assert line.split()[-4:] == ["MiB", "eager", "2.00", "12%"] and "\nscore " not in printed
+    assert (tmp_path / "all-a-b.svg").exists() and "all-a-b.svg" in printed
 
 
 NEEDS_BFLOAT16 = ("score", "logits tile")
@@ -298,11 +365,14 @@ def test_a_native_piece_is_what_it_replaces(name):
         native_bench.check(truth, run | {"native": lambda: run["native"]() + 1})
 
 
-def test_unknown_names_stop(tmp_path):
-    with pytest.raises(SystemExit, match="no peer 'eagre' here; there are cream, eager"):
-        linear_logp.main(["--tiny", "--peers", "eagre", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no model 'GPT'"):
-        linear_logp.main(["--tiny", "--models", "GPT", "--results", str(tmp_path)])
+def test_unknown_names_stop(tmp_path, capsys):
+    for given, said in (
+        ("--peers eagre", "no peer 'eagre' here; there are cream, eager"),
+        ("--models G", "no model 'G'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            linear_logp.main(["--tiny", *given.split(), "--results", str(tmp_path)])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("multiplies, dtypes", [(True, ["float32", "bfloat16"]), (False, ["float32"])])
@@ -311,6 +381,18 @@ def test_small_leaves_bfloat16_out_where_a_cpu_does_not_multiply_it(multiplies, 
     assert options.parse("", ["--device", "cpu", "--small"]).dtypes == dtypes
     assert options.parse("", ["--device", "cpu"]).dtypes == ["float32", "bfloat16"]
     assert options.parse("", ["--device", "cpu", "--small", "--dtypes", "bfloat16"]).dtypes == ["bfloat16"]
+
+
+def test_a_quick_look_leaves_the_committed_rows_alone():
+    for given, folder in (("--tiny", options.QUICK), ("--small", options.QUICK), ("--full", None)):
+        assert options.parse("", ["--device", "cpu", given]).results == folder
+    assert options.parse("", ["--device", "cpu", "--small", "--results", "x"]).results == Path("x")
+
+
+def test_on_a_gpu_what_matters_most_comes_first():
+    args = options.parse("", ["--device", "cpu", "--full"])
+    assert options.heads(args, HEAD_SIZES)[:2] == [("LLaMA-2-7B", 8192), ("LLaMA-3-8B", 8192)]
+    assert options.chosen(None, [*linear_logp.TABLES], "mode", default=linear_logp.MODES["full"])[0] == "trained"
 
 
 def test_sizes_can_be_narrowed():
@@ -392,11 +474,37 @@ def test_a_summary_has_ours_and_the_fastest_peer():
     assert "\\* timed" in tables.summary([row(scaled_by=2.0)]) and "\\*" not in tables.summary(rows)
 
 
+def test_what_was_measured_in_another_run_is_marked():
+    late = "2026-01-02T00:00:00+00:00"
+    rows = [row(date=late), row(impl="a", ms=2.0), row(impl="b", date="2026-01-02T00:00:09+00:00", ms=4.0)]
+    lines = tables.markdown(rows).splitlines()
+    assert "| 2 ms† " in lines[3] and "| 4 ms " in lines[4] and lines[-1].startswith("† in another run")
+    assert "1.5 ms; a: 2 ms†" in tables.summary(rows) and "†" not in tables.summary([rows[0], rows[2]])
+
+
+def test_how_many_times_as_fast():
+    rows = [row(), row(impl="a", ms=3.0), row(impl="b", ms=2.0), row(shape=[4]), row(shape=[4], impl="a", ms=1.2)]
+    score = [row(sequences_per_second=30.0, model="M"), row(impl="p", sequences_per_second=8.0, model="M", ms=1.0)]
+    cases = tables.verdicts({"other": rows, "score": score, "linear_logp": [*rows, row(shape=[5])]})
+    assert [(c.name, c.column, c.fastest, c.times) for c in cases] == [
+        ("linear_logp", "3", "b", pytest.approx(4 / 3)),
+        ("linear_logp", "4", "a", pytest.approx(0.8)),
+        ("score", "M 3", "p", 3.75),
+    ]
+    lines = tables.glance(cases).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["linear_logp, float32", "0.80 to 1.33"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["score, float32", "3.75"]
+
+
 def test_plots_are_the_same_bytes_each_time(tmp_path):
     rows = [row(), row(impl="peer", ms=3.0), row(impl="peer", shape=[4])]
+    cases = tables.verdicts({"top_p": rows})
     for name in ("a.svg", "b.svg"):
         tables.plot(tmp_path / name, "x", rows)
+        tables.plot_overview(tmp_path / f"all-{name}", cases)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert (tmp_path / "all-a.svg").read_bytes() == (tmp_path / "all-b.svg").read_bytes()
+    assert tables.overview_digest(cases) != tables.overview_digest(tables.verdicts({"top_p": [row(ms=1.6), *rows[1:]]}))
     assert tables.digest(rows) != tables.digest([row(ms=1.6), *rows[1:]])
 
 
