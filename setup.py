@@ -124,7 +124,7 @@ setup(
         "vllm": ["vllm>=0.22"],  # pins its own torch: give it an environment of its own
         "hub": ["kernels>=0.17"],  # Hugging Face's loader; kernels/export_hub.py makes what it loads
         "bench": [
-            "trl>=1.15",
+            "trl>=1.15; python_version >= '3.11'",
             "liger-kernel>=0.8",
             "cut-cross-entropy>=25.1",
             "scipy>=1.13",

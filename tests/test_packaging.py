@@ -61,7 +61,7 @@ def test_constraints_pin_what_setup_names(python):
     pinned = pins(python)
     assert [name for name, versions in pinned.items() if len(versions) > 1] == []
     extras = setup_argument("extras_require")
-    for requirement in map(Requirement, [*setup_argument("install_requires"), *extras["dev"]]):
+    for requirement in map(Requirement, [*setup_argument("install_requires"), *extras["bench"], *extras["dev"]]):
         if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
             continue
         versions = pinned.get(canonicalize_name(requirement.name))
