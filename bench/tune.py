@@ -1,8 +1,9 @@
 """Time tiles for the store-free forward on the card at hand, and keep the fastest: python -m bench.tune [--write]
 
-Every candidate is checked against float64 and timed as the protocol says, at each depth D of the heads in shapes.py.
-The fastest become rows of MEASURED in kernels/cream_kernels/tiles.py: printed, and put there with --write. Without a
-CUDA device it prints the candidates and exits with 2.
+Every candidate is checked against float64 and timed as the protocol says, at each depth D of the heads in shapes.py,
+the most likely ones first; --minutes ends each depth in time. The fastest become rows of MEASURED in
+kernels/cream_kernels/tiles.py: printed, and put there with --write as soon as a depth is done. Without a CUDA device it
+prints the candidates and exits with 2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
+import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,8 +28,9 @@ Candidate = dict[str, int | bool]  # fields of tiles.Tile
 
 
 def candidates(arch: str) -> list[Candidate]:
-    """Tiles whose stages fit shared memory and whose sums fit registers; the vendor's product last."""
-    found = []
+    """Tiles whose stages fit shared memory and whose sums fit registers: the vendor's product, then what goes by
+    descriptors and large tiles first."""
+    found: list[Candidate] = []
     for n, v, d, warps, stages in itertools.product((64, 128), (128, 256), (32, 64), (4, 8), (3, 4)):
         if 2 * stages * (n + v) * d > SHARED_BYTES[arch] or n * v > 128 * 32 * warps:
             continue
@@ -36,7 +40,10 @@ def candidates(arch: str) -> list[Candidate]:
             found.append({**tile, "tma": True})
             if warps == 4:  # on Hopper it takes effect with four warps only
                 found.append({**tile, "tma": True, "warp_specialize": True})
-    return [*found, {**found[0], "vendor_gemm": True}]
+    found.sort(
+        key=lambda tile: (-tile.get("tma", 0) - tile.get("warp_specialize", 0), -tile["block_n"] * tile["block_v"])
+    )
+    return [{**found[0], "vendor_gemm": True}, *found]
 
 
 def render(rows: Mapping[tuple[str, str, int], Candidate]) -> str:
@@ -67,8 +74,8 @@ def merged(source: str, rows: Mapping[tuple[str, str, int], Candidate]) -> str:
     return "".join([*lines[:first], before, render({**old, **rows}), after, *lines[last + 1 :]])
 
 
-def fastest(arch: str, dtype: str, model: str, N: int, repeats: int) -> Candidate:
-    """The candidate with the least median time whose log-probs are right."""
+def fastest(arch: str, dtype: str, model: str, N: int, repeats: int, until: float) -> Candidate:
+    """The candidate with the least median time whose log-probs are right, of those that begin in time."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -80,13 +87,16 @@ def fastest(arch: str, dtype: str, model: str, N: int, repeats: int) -> Candidat
     plain = harness.relative_errors(linear_logp.outputs(peers.eager_linear_logp(), "forward", *tensors), truth)
     known, measured = dict(tiles.MEASURED), {}
     try:
-        for tile in candidates(arch):
+        for done, tile in enumerate(offered := candidates(arch)):
+            if time.monotonic() > until and measured:
+                print(f"  out of time: {len(offered) - done} candidates left out")
+                break
             tiles.MEASURED.clear()
             tiles.MEASURED[(arch, getattr(torch, dtype), D)] = tiles.Tile(**tile)
             try:
                 errors = harness.relative_errors(linear_logp.outputs(ours, "forward", *tensors), truth)
-            except (CompilationError, OutOfResources, PTXASError) as error:
-                print(f"  {tile}: {str(error).strip().splitlines()[0]}")
+            except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+                print(f"  {tile}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
                 continue
             if not harness.excess(errors, plain, {}) <= 1:
                 print(f"  {tile}: wrong, {errors} where plain torch has {plain}")
@@ -109,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16"))
+    parser.add_argument("--models", nargs="+", choices=[name for name in HEADS if name != "tiny"], help="default: all")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for all depths together")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         for tile in candidates("sm90"):
@@ -118,15 +130,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cream_kernels import tiles
 
     arch = tiles.architecture(torch.device("cuda"))
-    depths = {HEADS[model].hidden: model for model in HEADS if model != "tiny"}  # one head for each D
-    rows = {
-        (arch, dtype, D): fastest(arch, dtype, model, args.tokens, args.repeats)
-        for dtype in args.dtypes
-        for D, model in sorted(depths.items())
-    }
+    models = args.models or [name for name in HEADS if name != "tiny"]
+    depths = {HEADS[model].hidden: model for model in models}  # one head for each D
+    problems = [(dtype, D, model) for dtype in args.dtypes for D, model in sorted(depths.items(), reverse=True)]
+    start, rows = time.monotonic(), {}
+    for done, (dtype, D, model) in enumerate(problems, 1):
+        until = start + 60 * args.minutes * done / len(problems)
+        rows[(arch, dtype, D)] = fastest(arch, dtype, model, args.tokens, args.repeats, until)
+        if args.write:
+            TILES.write_text(merged(TILES.read_text("utf-8"), rows), "utf-8")
     print(render(rows))
-    if args.write:
-        TILES.write_text(merged(TILES.read_text("utf-8"), rows), "utf-8")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ from bench.shapes import HEAD_SIZES
 from cream.config import ModelConfig
 from cream.dpo import loss_of
 from cream.model import load
-from cream_kernels import linear_logp_native
+from cream_kernels import linear_logp_native, tiles
 from tests.test_fuse import using
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -559,3 +559,25 @@ def test_tuning_without_a_card_shows_the_candidates(capsys):
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err == "bench.tune: needs a CUDA device\n"
     assert len(out.splitlines()) == len(tune.candidates("sm90")) > 10
+
+
+def test_a_depth_that_is_done_is_written(tmp_path, monkeypatch):
+    def fastest(arch, dtype, model, tokens, repeats, until):
+        if model == "SmolLM2-135M":
+            raise KeyboardInterrupt
+        return {"block_n": 64}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(tune, "fastest", fastest)
+    monkeypatch.setattr(tune, "TILES", tmp_path / "tiles.py")
+    tune.TILES.write_text(SOURCE % "")
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--write", "--minutes", "5", "--models", "SmolLM2-135M", "LLaMA-2-7B"])
+    assert '("sm90", torch.bfloat16, 4096): Tile(block_n=64),' in tune.TILES.read_text()
+
+
+def test_the_likely_candidates_come_first():
+    for arch, first in (("sm90", "warp_specialize"), ("sm100", "warp_specialize"), ("sm80", "block_n")):
+        vendor, likely, *_, last = tune.candidates(arch)
+        assert vendor["vendor_gemm"] and likely[first] and not last.get("tma")
