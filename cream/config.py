@@ -61,12 +61,13 @@ FRACTION_BELOW_ONE = Allowed("a number, at least 0 and below 1", lambda value: 0
 FRACTION_ABOVE_ZERO = Allowed("a number above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
-def _field(default: Any, allowed: Allowed, text: str, *, of_this_start: bool = False) -> Any:
+def _field(default: Any, allowed: Allowed, text: str, *, of_this_start: bool = False, decides: bool = True) -> Any:
     """A dataclass field with its range and its sentence of help.
 
     What is `of_this_start` says how a program goes about the run, not what the run is: neither saved nor compared.
+    What does not `decide` is saved, but no stage's result depends on it.
     """
-    metadata = {"allowed": allowed, "help": text}
+    metadata = {"allowed": allowed, "help": text, "decides": decides and not of_this_start}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata, compare=not of_this_start)
@@ -140,6 +141,7 @@ class LoRAConfig:
         "last",
         CHOICE,
         "which models are also written whole, the adapter added to M0's weights: the final one, each, or none",
+        decides=False,
     )
 
 
@@ -167,13 +169,13 @@ class SFTConfig:
     epochs: int = _field(5, COUNT, "passes over the conversations")
     batch_size: int = _field(32, COUNT, "sequences an optimizer step")
     batch_tokens: int = _field(
-        8192, COUNT, "tokens a forward pass, or those of one conversation; the result does not depend on it"
+        8192, COUNT, "tokens a forward pass, or those of one conversation; the result depends on it by rounding alone"
     )
     max_length: int = _field(2048, COUNT, "tokens of a conversation; longer ones are dropped and counted")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
     clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
-    checkpoint_every: int = _field(0, COUNT_OR_ZERO, CHECKPOINT_EVERY)
+    checkpoint_every: int = _field(0, COUNT_OR_ZERO, CHECKPOINT_EVERY, decides=False)
 
 
 @dataclass
@@ -191,7 +193,7 @@ class SampleConfig:
     engine: Literal["own", "vllm"] = _field(
         "own", CHOICE, "what decodes: own, in this process; vllm, a server at sample.url that serves this round's model"
     )
-    url: str = _field("http://127.0.0.1:8000", URL, "address of the vLLM server")
+    url: str = _field("http://127.0.0.1:8000", URL, "address of the vLLM server", decides=False)
     cuda_graphs: bool = _field(True, FLAG, "on a GPU, launch a token's forward as one CUDA graph", of_this_start=True)
 
 
@@ -242,13 +244,13 @@ class TrainConfig:
     epochs: int = _field(1, COUNT, "passes over the round's pairs")
     batch_size: int = _field(32, COUNT, "pairs an optimizer step")
     batch_tokens: int = _field(
-        8192, COUNT, "tokens a forward pass, or those of one pair; the result does not depend on it"
+        8192, COUNT, "tokens a forward pass, or those of one pair; the result depends on it by rounding alone"
     )
     max_length: int = _field(2048, COUNT, "tokens of a prompt with its response")
     warmup: float = _field(0.1, FRACTION_BELOW_ONE, "fraction of the steps over which the learning rate rises")
     weight_decay: float = _field(0.01, NOT_NEGATIVE, "AdamW's decoupled weight decay, a step and unit of learning rate")
     clip: float = _field(1.0, NOT_NEGATIVE, "largest norm of the gradient (whose: optim.clip_by); 0 clips nothing")
-    checkpoint_every: int = _field(0, COUNT_OR_ZERO, CHECKPOINT_EVERY)
+    checkpoint_every: int = _field(0, COUNT_OR_ZERO, CHECKPOINT_EVERY, decides=False)
 
 
 @dataclass
@@ -281,8 +283,10 @@ class OptimConfig:
 class EvaluateConfig:
     """Accuracy before and after."""
 
-    enabled: bool = _field(True, FLAG, "whether to evaluate at all")
-    models: Literal["all", "last"] = _field("all", CHOICE, "all: M0, M1 and each round's model; last: the final one")
+    enabled: bool = _field(True, FLAG, "whether to evaluate at all", decides=False)
+    models: Literal["all", "last"] = _field(
+        "all", CHOICE, "all: M0, M1 and each round's model; last: the final one", decides=False
+    )
     max_new_tokens: int = _field(768, COUNT, "tokens after which an answer is cut")
     batch_size: int = _field(32, COUNT, "questions decoded at once")
     likelihood: bool = _field(True, FLAG, "also score options by log-probability, lm-eval's acc and acc_norm")
@@ -336,6 +340,11 @@ def to_yaml(config: Config) -> str:
             section, _, name = key.partition(".")
             tree.setdefault(section, {})[name] = _get(config, key)
     return recipes.dump(tree)
+
+
+def deciding(section: Any) -> dict[str, Any]:
+    """A section's fields that results depend on: a stage that is done is done again where one of them has changed."""
+    return {knob.name: getattr(section, knob.name) for knob in dataclasses.fields(section) if knob.metadata["decides"]}
 
 
 def validate(config: Config) -> None:

@@ -22,7 +22,7 @@ import torch
 from cream import consistency, dist, doctor, dpo, fuse, lora, plan, report, sft
 from cream.attention import choose
 from cream.checkpoint import hash_tree
-from cream.config import Config, parse, to_yaml
+from cream.config import Config, deciding, parse, to_yaml
 from cream.data import (
     Example,
     encode_prompt,
@@ -215,7 +215,7 @@ class Job:
             save_examples(work.path("prompts/evaluate.jsonl"), questions)
             work.facts(prompts=sum(map(len, rounds)), questions=len(questions))
 
-        settings = {"iterations": iterations, "seed": self.config.run.seed, "context": context, **asdict(data)}
+        settings = {"iterations": iterations, "seed": self.config.run.seed, "context": context, **deciding(data)}
         del settings["sft"], settings["sft_limit"]
         outputs = [f"prompts/iter{t}.jsonl" for t in range(1, iterations + 1)] + ["prompts/evaluate.jsonl"]
         inputs = {str(f): f for f in local_files([*data.prompts, *data.evaluate])} | {
@@ -280,7 +280,7 @@ class Job:
             )
             self.resident.save(work.path("sft/model"), self.tokenizer, "M1", "M0", facts)
 
-        settings = {**self.numerics, **asdict(config), **self.learning()}
+        settings = {**self.numerics, **deciding(config), **self.learning()}
         settings |= {"sources": data.sft, "limit": data.sft_limit}
         inputs = {"m0": m0} | {str(f): f for f in local_files(data.sft)}
         outputs = ["sft/model"] + ["sft/half"] * half
@@ -310,8 +310,7 @@ class Job:
             if dist.is_main():
                 work.write_rows(output, rows)
 
-        inputs, settings = {"policy": policy, "prompts": prompts}, {**self.numerics, **asdict(config)}
-        del settings["url"]  # where the server is changes no answer
+        inputs, settings = {"policy": policy, "prompts": prompts}, {**self.numerics, **deciding(config)}
         return self.stage(f"iter{t}/sample", body, inputs, [output], settings, by_all=True)[0]
 
     def score(self, t: int, policy: Path, previous: Path, reference: Path, responses: Path) -> Path:
@@ -325,7 +324,7 @@ class Job:
             if dist.is_main():
                 pyarrow.parquet.write_table(table, work.path(output))
 
-        inputs, settings = {**checkpoints, "responses": responses}, {**self.numerics, **asdict(config)}
+        inputs, settings = {**checkpoints, "responses": responses}, {**self.numerics, **deciding(config)}
         return self.stage(f"iter{t}/score", body, inputs, [output], settings, by_all=True)[0]
 
     def rank(self, t: int, scores: Path, responses: Path, prompts: Path) -> Path:
@@ -347,7 +346,7 @@ class Job:
                 work.write_rows(output, rows)
 
         inputs = {"scores": scores, "responses": responses, "prompts": prompts}
-        return self.stage(f"iter{t}/rank", body, inputs, outputs, asdict(config))[0]
+        return self.stage(f"iter{t}/rank", body, inputs, outputs, deciding(config))[0]
 
     def train(self, t: int, policy: Path, pairs: Path) -> Path:
         config, stage, output = self.config.train, f"iter{t}/train", f"iter{t}/model"
@@ -363,17 +362,15 @@ class Job:
             self.resident.save(work.path(output), self.tokenizer, f"M{t + 1}", f"M{t}", facts)
 
         inputs = {"policy": policy, "pairs": pairs}
-        settings = {**self.numerics, **asdict(config), **self.learning()}
+        settings = {**self.numerics, **deciding(config), **self.learning()}
         trained = self.stage(stage, body, inputs, [output], settings, by_all=True)[0]
         self.merge(t + 1, trained)
         return trained
 
     def learning(self) -> dict[str, dict]:
         """The settings that both trainings depend on."""
-        optim = {"optim": asdict(self.config.optim)}
-        if not self.config.lora.r:
-            return optim
-        return optim | {"lora": asdict(replace(self.config.lora, merge_on_export="none"))}
+        optim = {"optim": deciding(self.config.optim)}
+        return optim | {"lora": deciding(self.config.lora)} if self.config.lora.r else optim
 
     def merge(self, t: int, model: Path) -> None:
         """M<t> as a whole model beside its adapter, where lora.merge_on_export asks for it."""
@@ -408,7 +405,7 @@ class Job:
                 work.write_rows(f"{stage}.json", [result])
                 work.write_rows(f"{stage}.jsonl", rows)
 
-        inputs, settings = {"model": model, "questions": questions}, {**self.numerics, **asdict(config)}
+        inputs, settings = {"model": model, "questions": questions}, {**self.numerics, **deciding(config)}
         self.stage(stage, body, inputs, [f"{stage}.json", f"{stage}.jsonl"], settings, by_all=True)
 
     def lineage(self, parent: Path, files: Sequence[Path]) -> dict[str, str]:

@@ -215,6 +215,13 @@ def test_resumed_in_the_middle_of_training_it_is_bit_equal(finished, tiny, tmp_p
     assert settings[0] == settings[1]
 
 
+def test_where_adapters_are_merged_decides_no_other_result(finished, tiny, tmp_path, capsys):
+    again = shutil.copytree(finished, tmp_path / "again")
+    main(arguments(tiny, again, "--resume", **SETTINGS | {"lora.merge_on_export": "none"}))
+    capsys.readouterr()
+    assert stages(again) == stages(finished)
+
+
 def test_an_adapter_as_the_model_is_merged_with_its_base(finished, tmp_path, capsys):
     main(arguments(finished / "iter1/model", tmp_path / "run"), until="eval/m0")
     capsys.readouterr()

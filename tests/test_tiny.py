@@ -167,6 +167,15 @@ def test_a_changed_setting_redoes_what_depends_on_it(again, tiny):
     assert {p["agreement"] for p in rows(again / "iter1/pairs.jsonl")} == {1.0}
 
 
+def test_what_decides_no_result_redoes_nothing(again, tiny):
+    changed = {"sft.checkpoint_every": "0", "train.checkpoint_every": "3", "sample.cuda_graphs": "false"}
+    changed |= {"sample.url": "http://elsewhere", "evaluate.models": "last", "run.timeout": "90"}
+    main(arguments(tiny, again, "--resume", **changed))
+    assert stages(again) == LOOP
+    main(arguments(tiny, again, "--resume", **{"evaluate.batch_size": "3", "evaluate.models": "last"}))
+    assert stages(again)[len(LOOP) :] == ["eval/m3"]  # which rounding depends on
+
+
 def test_damage_is_noticed_and_made_good(again, finished, tiny, capsys):
     path = again / "iter2/model/model.safetensors"
     content = bytearray(path.read_bytes())
