@@ -11,6 +11,7 @@ run skips a stage whose inputs, settings and outputs are as its ledger recorded 
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -140,6 +141,7 @@ class Job:
         if not by_all and not dist.is_main():
             body = idle
         if self.config.run.only in (None, name):
+            body = functools.partial(within_memory, name, body)
             paths = self.run.stage(name, body, inputs=inputs, outputs=outputs, settings=settings)
         else:
             paths = self.run.finished(name, outputs)
@@ -419,6 +421,22 @@ class Job:
 
 def idle(work: Work) -> None:
     """What a rank does in a stage that is rank 0's."""
+
+
+# What a stage's memory depends on, by the part of its name that says what it does.
+LOWER = {"sft": "sft.batch_tokens", "sample": "sample.batch_size", "score": "score.batch_tokens"}
+LOWER |= {"train": "train.batch_tokens", "eval": "evaluate.batch_size and evaluate.batch_tokens"}
+
+
+def within_memory(name: str, body: Callable[[Work], object], work: Work) -> None:
+    """The body of the stage of that name. Raises UserError, with what to lower, where the GPU's memory is too small."""
+    try:
+        body(work)
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        field = next((LOWER[part] for part in name.split("/") if part in LOWER), None)
+        advice = f"lower {field} and start again with --resume" if field else "the model needs a larger GPU"
+        raise UserError(f"{name}: {said}; {advice} (python -m cream.doctor says what fits)") from error
 
 
 def stage_names(iterations: int) -> list[str]:

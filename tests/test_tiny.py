@@ -298,6 +298,30 @@ def test_no_pair_at_all_is_said_and_what_was_done_stays(tiny, tmp_path, capsys):
     assert stages(tmp_path / "run") == ["prompts", "sft", "iter1/sample", "iter1/score"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "where", "advice"),
+    [
+        ("sft", "sft.train", "lower sft.batch_tokens and"),
+        ("iter1/sample", "sample", "lower sample.batch_size and"),
+        ("iter2/score", "score_all", "lower score.batch_tokens and"),
+        ("iter1/train", "dpo.train", "lower train.batch_tokens and"),
+        ("eval/m2", "evaluate", "lower evaluate.batch_size and evaluate.batch_tokens and"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_one_line_with_what_to_lower(again, tiny, monkeypatch, capsys, stage, where, advice):
+    import torch
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 2")
+
+    monkeypatch.setattr(f"cream.train.{where}", fails)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, again, "--resume", "--run.only", stage, **{"run.seed": "1"}))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "total capacity" not in last
+    assert last.startswith(f"error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {advice}")
+
+
 def test_a_prompt_beyond_the_context_is_named(tiny, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 2000}) + "\n")
     with pytest.raises(SystemExit) as stop:
