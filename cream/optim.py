@@ -313,8 +313,16 @@ def descend(
     (both sum to the step's values) and its number of tokens. It must be a pure function of the step, so that a resumed
     run sees the batches that it would have seen. Of several ranks each yields its own part of these sums, in as many
     micro-batches as the others. `after(step)` is called when a step's weights are in place.
-    Raises UserError, nothing written, where the loss or the gradient is not finite.
+    Raises UserError, nothing written, where the loss or the gradient is not finite, and where the schedule is one step
+    of warm-up, whose rate is 0.
     """
+    rates = [learning_rate(step, schedule.steps, schedule.lr, schedule.warmup) for step in range(schedule.steps)]
+    if not any(rates):
+        section = stage.rpartition("/")[2]
+        raise UserError(
+            f"{stage}: its only step is the first of the warm-up, whose learning rate is 0, so it would train nothing; "
+            f"set {section}.warmup to 0, or have more steps by a lower {section}.batch_size or more {section}.epochs"
+        )
     with closing(
         AdamW(model, optim or OptimConfig(), weight_decay=schedule.weight_decay, clip=schedule.clip)
     ) as optimizer:
@@ -326,9 +334,8 @@ def descend(
             for step in range(start, schedule.steps):
                 meter.begin()
                 draw(seed, stage, step)
-                rate = learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
                 count = micro_batches(step)
-                optimizer.begin(rate, count)
+                optimizer.begin(rates[step], count)
                 for number, (loss, shares, tokens) in enumerate(micro_losses(step), start=1):
                     shards.reduce_after(model, number == count)
                     (loss * dist.size()).backward()  # FSDP takes the mean over the ranks
@@ -337,7 +344,7 @@ def descend(
                 norm = optimizer.step()
                 done = step + 1
                 saves = schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps
-                meter.end(done, due=saves or done == schedule.steps, lr=rate, grad_norm=norm)
+                meter.end(done, due=saves or done == schedule.steps, lr=rates[step], grad_norm=norm)
                 after(done)
                 if saves:
                     _save(optimizer, keep, done, {"stage": stage})

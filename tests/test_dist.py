@@ -345,7 +345,7 @@ def wide(tokenizer, tmp_path_factory) -> Path:
 
 
 def test_the_state_before_the_first_step_is_one_processes(start, wide, pairs, tmp_path):
-    train = {"lr": 1e-4, "batch_size": 13, "batch_tokens": 4000}
+    train = {"lr": 1e-4, "batch_size": 13, "batch_tokens": 4000, "warmup": 0.0}
     for size in (1, 4):
         options = {"dtype": "bfloat16", "optim": {"moments": "int8"}, "train": train}
         descent(start, tmp_path, size, wide, pairs, **options)
@@ -362,7 +362,7 @@ def test_ranks_have_as_many_micro_batches_and_every_pair_once():
 
 
 def test_blocks_that_ranks_would_cut_are_refused(start, tiny, pairs, tmp_path):
-    options = {"dtype": "bfloat16", "optim": {"moments": "int8"}, "train": {"batch_size": 13}}
+    options = {"dtype": "bfloat16", "optim": {"moments": "int8"}, "train": {"batch_size": 13, "warmup": 0.0}}
     job = start(2, "descend", *map(str, (tmp_path, tiny, pairs)), json.dumps(options))
     assert job.end() == [2, 2]
     [error] = [line for line in job.said() if "error" in line]

@@ -174,7 +174,7 @@ def test_pairs_that_are_too_long_are_left_out_and_said(tmp_path, tiny, loaded, w
     pairs = pairs_of(loaded, count=4)
     pairs[2]["chosen_ids"] = [5] * 60
     model = load(tiny, ModelConfig(dtype="float32")).requires_grad_(True)
-    config = TrainConfig(batch_size=4, max_length=45)
+    config = TrainConfig(batch_size=4, max_length=45, warmup=0.0)
     train(model, pairs, config, work, Metrics(tmp_path / "m.jsonl"), stage="iter1/train", seed=0)
     assert "iter1/train: 1 of 4 pairs are longer than train.max_length=45: left out" in capsys.readouterr().err
     with pytest.raises(UserError, match="iter1/train: no pair fits train.max_length=4"):

@@ -1,5 +1,6 @@
 """The optimizer against torch's AdamW, tiny steps on bfloat16 weights, and a descent that a kill does not change."""
 
+import contextlib
 import copy
 import json
 
@@ -417,11 +418,21 @@ def test_schedule_is_transformers(steps, warmup):
         schedule.step()
 
 
+@pytest.mark.parametrize(("steps", "warmup", "trains"), [(1, 0.1, False), (1, 0.0, True), (2, 0.9, True)])
+def test_a_training_whose_rate_is_never_above_0_is_refused(tmp_path, steps, warmup, trains):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    what_to_do = "iter1/train: .* set train.warmup to 0, .* train.batch_size or more train.epochs"
+    with contextlib.nullcontext() if trains else pytest.raises(UserError, match=what_to_do):
+        descent(tmp_path, model, steps=steps, warmup=warmup, stage="iter1/train")
+    assert trains != all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 class Killed(BaseException):
     pass
 
 
-def descent(tmp_path, model, steps=9, every=2, die_at=None, stage="sft"):
+def descent(tmp_path, model, steps=9, every=2, die_at=None, stage="sft", warmup=0.2):
     def micro_losses(step):
         x, y = data(step)
         for part in (slice(0, 3), slice(3, 8)):
@@ -431,7 +442,7 @@ def descent(tmp_path, model, steps=9, every=2, die_at=None, stage="sft"):
         if step == die_at:
             raise Killed
 
-    schedule = Schedule(steps, 1e-2, 0.2, 0.01, 1.0, every)
+    schedule = Schedule(steps, 1e-2, warmup, 0.01, 1.0, every)
     keep = tmp_path / "keep"
     keep.mkdir(exist_ok=True)
     metrics = Metrics(tmp_path / "metrics.jsonl")
