@@ -216,8 +216,8 @@ def _human(row: Row) -> bool:
 # --- prompts -----------------------------------------------------------------------------------------------------
 
 
-def load_prompts(sources: Sequence[str], *, split: str = "train") -> list[Example]:
-    """The prompts of all sources, in order, with gold answers where their rows have them.
+def load_prompts(sources: Sequence[str], *, split: str = "train", graded: bool = False) -> list[Example]:
+    """The prompts of all sources, in order, with gold answers where their rows have them; `graded`, all must.
 
     split: "train" or "test", what a hub or built-in source without @split means.
     Rows of a conversation (messages, prompt + completion, OASST1) give its prompt: all before the last answer. Ids are
@@ -227,7 +227,7 @@ def load_prompts(sources: Sequence[str], *, split: str = "train") -> list[Exampl
     for source in sources:
         for opened in _open(source, split):
             arc_task = arc.task_of(*opened.names)
-            examples += _each(opened, partial(_example, arc_task))
+            examples += _each(opened, partial(_question if graded else _example, arc_task))
     if not examples:
         raise UserError(f"no prompts in {', '.join(sources) or 'an empty list of sources'}")
     return _unique_ids(examples)
@@ -250,6 +250,16 @@ def _example(arc_task: str, schema: str, row: Row) -> Example:
         "gsm8k": gsm8k.example,
         "arithmetic": lambda row: gsm8k.example(row, "arithmetic"),
     }[schema](row)
+
+
+def _question(arc_task: str, schema: str, row: Row) -> Example:
+    """The prompt of one row, with its gold answer. Raises BadRow."""
+    example = _example(arc_task, schema, row)
+    if example.answer is None:
+        raise BadRow(
+            "a question without a gold answer cannot be marked; use rows of GSM8K, ARC, OpenBookQA or Social IQa"
+        )
+    return example
 
 
 def _chat(row: Row, messages: Messages) -> Example:

@@ -107,7 +107,7 @@ class Job:
         with dist.main_first():
             self.source, self.given_as = fetch(config.model)
             self.examples = load_prompts(data.prompts)
-            self.questions = load_prompts(data.evaluate, split="test") if data.evaluate else []
+            self.questions = load_prompts(data.evaluate, split="test", graded=True) if data.evaluate else []
             self.conversations = load_conversations(data.sft) if config.sft.enabled else []
         directory, main = Path(config.run.dir), dist.is_main()
         self.run = Run(directory, to_yaml(config), resume=config.resume) if main else Follower(directory)

@@ -322,6 +322,17 @@ def test_a_gpu_that_is_too_small_is_one_line_with_what_to_lower(again, tiny, mon
     assert last.startswith(f"error: {stage}: CUDA out of memory. Tried to allocate 20.00 GiB; {advice}")
 
 
+def test_a_question_without_a_gold_answer_is_named(tiny, tmp_path, capsys):
+    """It would count as answered wrongly."""
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"prompt": "Say hello."}) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(tiny, tmp_path / "run", **{"data.evaluate": f"builtin:quiz {file}"}), until="eval/m0")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith(f"error: {file}:1: a question without a gold answer")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_prompt_beyond_the_context_is_named(tiny, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 2000}) + "\n")
     with pytest.raises(SystemExit) as stop:
