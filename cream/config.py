@@ -194,7 +194,9 @@ class SampleConfig:
         "own", CHOICE, "what decodes: own, in this process; vllm, a server at sample.url that serves this round's model"
     )
     url: str = _field("http://127.0.0.1:8000", URL, "address of the vLLM server", decides=False)
-    cuda_graphs: bool = _field(True, FLAG, "on a GPU, launch a token's forward as one CUDA graph", of_this_start=True)
+    cuda_graphs: bool = _field(
+        True, FLAG, "on a GPU, launch a token's forward as one CUDA graph, also in evaluation", of_this_start=True
+    )
 
 
 @dataclass

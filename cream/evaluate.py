@@ -24,7 +24,14 @@ from cream.work import Work
 
 
 def answer(
-    model: nn.Module, tokenizer, examples: Sequence[Example], config: EvaluateConfig, work: Work, stage: str
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    config: EvaluateConfig,
+    work: Work,
+    stage: str,
+    *,
+    cuda_graphs: bool = True,
 ) -> list[dict]:
     """Greedy answers, one row an example in the order given, batch by batch. [] on ranks other than 0."""
     prompts = [encode_prompt(tokenizer, e.messages, suffix=config.suffix) for e in examples]
@@ -44,6 +51,7 @@ def answer(
                 None,
                 max_new_tokens=config.max_new_tokens,
                 stop=stop,
+                cuda_graphs=cuda_graphs,
                 tick=bar.update,
             )
             rows = []
@@ -121,10 +129,11 @@ def evaluate(
     *,
     name: str,  # "M0", "M1", ...
     stage: str,
+    cuda_graphs: bool = True,  # sample.cuda_graphs
 ) -> tuple[dict, list[dict]]:  # what eval/m<t>.json holds, and the rows of eval/m<t>.jsonl, one a question
     """Answer, extract, compare. Accuracies are fractions in [0, 1], None where not asked. Ranks other than 0 help, and
     have no result."""
-    rows = answer(model, tokenizer, examples, config, work, stage)
+    rows = answer(model, tokenizer, examples, config, work, stage, cuda_graphs=cuda_graphs)
     verdicts = likelihood(model, tokenizer, examples, config, work, stage) if config.likelihood else {}
     if not dist.is_main():
         return {}, []

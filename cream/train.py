@@ -401,7 +401,14 @@ class Job:
         def body(work: Work) -> None:
             module = self.resident.at(model)
             result, rows = evaluate(
-                module, self.tokenizer, read_examples(questions), config, work, name=f"M{t}", stage=stage
+                module,
+                self.tokenizer,
+                read_examples(questions),
+                config,
+                work,
+                name=f"M{t}",
+                stage=stage,
+                cuda_graphs=self.config.sample.cuda_graphs,
             )
             if dist.is_main():
                 work.write_rows(f"{stage}.json", [result])

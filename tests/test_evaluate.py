@@ -49,8 +49,8 @@ def test_accuracy_is_counted_a_task(loaded, tokenizer, work, monkeypatch):
     }
     asked = []
 
-    def generate(model, prompts, uniform, *, max_new_tokens, stop, tick):
-        assert uniform is None and max_new_tokens == 9
+    def generate(model, prompts, uniform, *, max_new_tokens, stop, cuda_graphs, tick):
+        assert uniform is None and max_new_tokens == 9 and cuda_graphs
         tick(len(prompts))
         texts = [tokenizer.decode(p) for p in prompts]
         asked.extend(texts)

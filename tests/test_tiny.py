@@ -202,6 +202,21 @@ def test_entries_stop_after_their_stage(tiny, tmp_path, capsys):
     assert stages(tmp_path / "one") == ["prompts", "eval/m0"] and "M0" in capsys.readouterr().out
 
 
+def test_without_cuda_graphs_neither_sampling_nor_evaluation_has_them(tiny, tmp_path, monkeypatch):
+    from cream import evaluate, sample
+
+    asked = []
+
+    def generate(*arguments, cuda_graphs, real=sample.generate, **settings):
+        asked.append(cuda_graphs)
+        return real(*arguments, cuda_graphs=cuda_graphs, **settings)
+
+    for module in (sample, evaluate):
+        monkeypatch.setattr(module, "generate", generate)
+    main(arguments(tiny, tmp_path / "run", **{"sample.cuda_graphs": "false"}), until="iter1/sample")
+    assert len(asked) > 4 and not any(asked)
+
+
 def test_models_are_hugging_face_directories_with_their_lineage(finished):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
