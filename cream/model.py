@@ -376,6 +376,8 @@ class Resident:
             shards.copy_whole(self._sharded, model)
         if dist.is_main():
             save(directory, self.model, tokenizer, model_card(name, parent, facts))
+        if self._sharded is not None:
+            self._model = None  # training may go on, without a whole copy on rank 0
         dist.gather(None)
 
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from cream import dist, dpo, optim, shards, train
 from cream.config import ModelConfig, OptimConfig, TrainConfig
 from cream.log import Metrics, UserError, say
-from cream.model import Resident, load
+from cream.model import Resident, load, load_tokenizer
 from cream.packing import batches
 from cream.work import Work
 from tests.conftest import write_model
@@ -131,6 +131,21 @@ def descend(directory: str, model: str, pairs: str, options: str) -> None:
         rows, work = json.loads(Path(pairs).read_text()), Work(place / "work", ())
         dpo.train(module, rows, config, work, metrics, stage="iter1/train", seed=0, optim=compact)
         finish()
+
+
+def saves(directory: str, model: str) -> None:
+    """A sharded model whose weights were trained to be 1 is saved, as halfway through SFT, and then taken up."""
+    place, settings = Path(directory), ModelConfig(dtype="float32", gradient_checkpointing="none")
+    with ranks():
+        resident = Resident(Path(model), settings)
+        module = resident.at(Path(model), gradients=True)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                shards.local(parameter).fill_(1.0)
+        for name in ("half", "whole"):
+            resident.save(place / name, load_tokenizer(Path(model)), "M1", "M0", {})
+            assert resident._model is None  # neither the trained one nor the one that was filled to be written
+        assert all((parameter == 1).all() for parameter in resident.at(place / "whole").parameters())
 
 
 # The server
@@ -352,6 +367,13 @@ def test_the_state_before_the_first_step_is_one_processes(start, wide, pairs, tm
     one, four = (load_file(tmp_path / f"loaded-on-{size}.safetensors") for size in (1, 4))
     assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)
     assert any(name.startswith("low/") and tensor.any() for name, tensor in one.items())
+
+
+def test_no_whole_copy_is_left_when_a_sharded_model_is_saved(start, tiny, tmp_path):
+    job = start(2, "saves", str(tmp_path), str(tiny))
+    assert job.end() == [0, 0], "\n".join(job.said())
+    half, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
+    assert all((tensor == 1).all() for tensors in (half, whole) for tensor in tensors.values())
 
 
 def test_ranks_have_as_many_micro_batches_and_every_pair_once():
