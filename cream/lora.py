@@ -226,7 +226,10 @@ def check_adapter(directory: Path, lora: LoRAConfig) -> None:
 
 def given(path: str, config: ModelConfig, lora: LoRAConfig) -> Path:
     """Where the user's own M1 is. Raises UserError unless it is an adapter as `lora` says, or none with lora.r 0."""
-    place, unmade = fetch(config, path)
+    try:
+        place, unmade = fetch(replace(config, revision=None), path)  # model.revision is of M0's repository
+    except UserError as error:
+        raise UserError(f"sft.path: {str(error).removeprefix('model.path: ')}") from None
     adapted = unmade == ADAPTER
     if adapted != bool(lora.r):
         kind = "an adapter, but lora.r is 0" if adapted else "a whole model, but lora.r asks for adapters over M0"

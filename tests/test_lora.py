@@ -250,7 +250,24 @@ def test_a_given_m1_is_an_adapter_of_the_same_kind(finished, tiny, other, tmp_pa
         assert not (tmp_path / "new").exists()
 
 
+def test_a_given_m1_is_of_its_own_repositorys_newest_revision(other, monkeypatch):
+    asked = []
+
+    def download(name, revision):
+        asked.append((name, revision))
+        return str(other)
+
+    monkeypatch.setattr("cream.model._download", download)
+    config = ModelConfig(path="someone/m0", revision="v1")
+    assert lora.given("someone/m1", config, LoRAConfig()) == other and asked == [("someone/m1", None)]
+
+
 # --- what is refused
+
+
+def test_a_given_m1_that_is_not_there_is_said_of_its_own_field():
+    with pytest.raises(UserError, match="^sft.path: ./nowhere is not there; give a model directory"):
+        lora.given("./nowhere", FLOAT32, LoRAConfig())
 
 
 def test_adapters_of_another_model_or_none_are_refused(tiny, tmp_path, tokenizer):
