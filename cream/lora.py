@@ -37,6 +37,14 @@ from cream.model import (
     save,
 )
 
+# peft's settings with which an adapter is not alpha / r times B A over M0's weights, in all the layers that it targets.
+OTHER = (
+    *("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "modules_to_save", "exclude_modules"),
+    *("layers_to_transform", "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora"),
+    *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
+BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # the others (pissa, olora, loftq, ...) change M0
+
 
 def check_peft() -> None:
     """Raise UserError where peft cannot be imported."""
@@ -210,8 +218,16 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
 
 
 def check_adapter(directory: Path, lora: LoRAConfig) -> None:
-    """Raise UserError where the adapter is not of the rank, scale and layers that `lora` says."""
+    """Raise UserError where the adapter is not of the rank, scale and layers that `lora` says, or not a plain one."""
     settings = read_settings(directory)
+    odd = [name for name in OTHER if settings.get(name)]
+    odd += ["bias"] * (settings.get("bias", "none") != "none")
+    odd += ["init_lora_weights"] * (settings.get("init_lora_weights", True) not in BEGINNINGS)
+    if odd:
+        raise UserError(
+            f"{directory}: adapter with {odd[0]} {settings[odd[0]]}, which cream does not train on; merge it into its "
+            "base, and give both models whole"
+        )
     root = settings.get("use_rslora")
     given = {
         "r": settings.get("r"),

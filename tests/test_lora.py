@@ -301,6 +301,32 @@ def test_adapters_of_another_model_or_none_are_refused(tiny, tmp_path, tokenizer
 
 
 @pytest.mark.parametrize(
+    "name, value",
+    [
+        ("alpha_pattern", {"q_proj": 32}),
+        ("rank_pattern", {"layers.0.mlp.up_proj": 2}),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("use_dora", True),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["lm_head"]),
+        ("alora_invocation_tokens", [1, 2]),
+    ],
+)
+def test_adapters_that_mean_something_else_are_refused_by_the_settings_name(finished, tiny, tmp_path, name, value):
+    place = shutil.copytree(finished / "sft/model", tmp_path / "m1")
+    lora.given(str(place), FLOAT32, SMALL)
+    settings = json.loads((place / "adapter_config.json").read_text())
+    assert name in settings
+    for harmless in ({"init_lora_weights": "gaussian"}, {"use_rslora": True, "lora_alpha": 4}):
+        (place / "adapter_config.json").write_text(json.dumps(settings | harmless))
+        lora.given(str(place), FLOAT32, SMALL)
+    (place / "adapter_config.json").write_text(json.dumps(settings | {name: value}))
+    with pytest.raises(UserError, match=rf"m1: adapter with {name} .*, which cream does not train on; merge it"):
+        lora.given(str(place), FLOAT32, SMALL)
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         ({"lora.targets": "q_proj lm_head"}, "lora.targets is ['q_proj', 'lm_head'] on the command line, but must be"),
