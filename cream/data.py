@@ -200,6 +200,9 @@ def _oasst_pairs(rows: Sequence[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
         for field in sorted(OASST | {"lang", "rank"}):
             if field not in row:
                 raise UserError(f"{place}: field '{field}' is missing")
+        for field in ("message_id", "parent_id"):
+            if not isinstance(row[field], str | int | None):
+                raise UserError(f"{place}: field '{field}' must be text or null, not {json_type(row[field])}")
         if row["role"] == "assistant" and row["rank"] == 0 and _human(row):
             replies.setdefault(row["parent_id"], row)
     for place, row in rows:

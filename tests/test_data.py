@@ -21,6 +21,7 @@ from cream.log import UserError
 
 GSM8K = {"question": "2 and 3?", "answer": "<<2+3=5>>5\n#### 5"}
 ARC = {"question": "Wet?", "choices": {"text": ["sand", "sea"], "label": ["A", "B"]}, "answerKey": "B"}
+OASST = {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "a", "lang": "en", "rank": 0}
 
 
 def chat(*contents):
@@ -65,6 +66,8 @@ def write(path, *values, end="\n"):
         (b'{"text": "a", "label": 1}\n', 1, "no known schema has the keys label, text"),
         (b'{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}\n', 1, "'answerKey' is missing"),
         (b'{"message_id": "1", "parent_id": null, "role": "prompter", "text": "a", "lang": "en"}\n', 1, "'rank'"),
+        (json.dumps(OASST | {"message_id": ["1"]}).encode(), 1, "field 'message_id' must be text or null, not a list"),
+        (json.dumps(OASST | {"parent_id": {}}).encode(), 1, "field 'parent_id' must be text or null, not an object"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else None,
 )
