@@ -116,7 +116,14 @@ def _apply(tokenizer: Any, messages: Messages, generation: bool) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
     except TemplateError as error:
-        raise UserError(f"the chat template refuses the messages: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the chat template refuses the messages: {_first_line(error)}") from None
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # its own code
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"the chat template fails on the messages ({reason}); mend chat_template.jinja") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no reason given"])[0]
 
 
 def _render(tokenizer: Any, messages: Messages, generation: bool) -> list[_Piece]:

@@ -243,6 +243,10 @@ def test_any_text_leaves_the_boundaries_where_they_are(tokenizers_of, parts):
         (CHATML.replace("+ '<|im_end|>\n'", "+ '\n'"), "does not close the assistant's turn"),
         (CHATML.replace("<|im_start|>assistant\n", "<|im_start|>model\n"), "message 2 (assistant)"),
         (CHATML + "{{ raise_exception('never') }}", "refuses the messages: never"),
+        (CHATML + "{{ raise_exception('') }}", "refuses the messages: no reason given"),
+        (CHATML + "{{ 1 / 0 }}", "fails on the messages (ZeroDivisionError: division by zero); mend"),
+        (CHATML + "{{ 'a' + 1 }}", "fails on the messages (TypeError: "),
+        (CHATML + "{{ 'a'.index('b') }}", "fails on the messages (ValueError: substring not found)"),
     ],
 )
 def test_templates_that_cannot_be_used_say_why(template, reason):
