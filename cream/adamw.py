@@ -39,11 +39,12 @@ def join(weight: Tensor, low: Tensor) -> Tensor:  # bfloat16, int16 in [-0x8000,
 
 def dithered(
     weight: Tensor,
+    seed: int,  # another for each tensor and each training, or the same elements are near an edge in all of them
     whole: torch.Size | None = None,  # the shape of what weight is rows of, where it is not all
     rows: slice | None = None,  # which
 ) -> Tensor:  # int16 of weight's shape
     """Low bits that put a float32 master somewhere in the interval that rounds to the bfloat16 weight, drawn evenly,
-    the same each time.
+    the same each time from the same seed.
 
     A master equal to the weight would have to move by half a bfloat16 step, 0.2 to 0.4% of the weight, before the model
     saw anything, and a short training at a small rate would be rounded away whole. From here a move by a fraction f of
@@ -51,7 +52,7 @@ def dithered(
     """
     if weight.dtype != torch.bfloat16:
         raise ValueError(f"masters are for bfloat16 weights, not {weight.dtype}")
-    generator = torch.Generator(weight.device).manual_seed(0)
+    generator = torch.Generator(weight.device).manual_seed(seed)
     shape = whole or weight.shape
     low = torch.randint(-0x7FFF, 0x8000, shape, generator=generator, device=weight.device, dtype=torch.int16)
     low = low if rows is None else low[rows].clone()

@@ -54,8 +54,10 @@ class AdamW:
         weight_decay: float,
         clip: float,  # gradient norm; 0 clips nothing
         betas: tuple[float, float] = (0.9, 0.999),
+        training: str = "",  # which it is: the low bits that it starts from are drawn by this and a tensor's name
     ):
         self.config, self.weight_decay, self.clip, self.betas = config, weight_decay, clip, betas
+        self.training = training
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.state = {name: self._empty(name, parameter) for name, parameter in self.parameters.items()}
         self.steps = 0
@@ -77,7 +79,8 @@ class AdamW:
         part, whole = shards.local(parameter.detach()), parameter.shape
         state, blocks = {}, part.numel() // BLOCK
         if parameter.dtype != torch.float32:
-            state["low"] = dithered(part) if part.shape == whole else dithered(part, whole, shards.rows(parameter))
+            cut = () if part.shape == whole else (whole, shards.rows(parameter))
+            state["low"] = dithered(part, seed_of(self.training, name), *cut)
         if self.config.moments == "int8" and parameter.ndim > 1 and parameter.numel() % BLOCK == 0:
             if _row_blocks(parameter) is None and (part.numel() % BLOCK or len(part) * dist.size() != len(parameter)):
                 shape = " x ".join(map(str, whole))
@@ -278,10 +281,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
+def seed_of(*names: object) -> int:
+    """A seed for what has these names, the same on every machine."""
+    text = "/".join(map(str, names)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
 def draw(seed: int, stage: str, step: int) -> None:
     """Begin torch's random numbers anew, so that a step's dropout is its own whether or not a run was resumed."""
-    name = f"{seed}/{stage}/{step}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))
+    torch.manual_seed(seed_of(seed, stage, step))
 
 
 @dataclass(frozen=True)
@@ -303,7 +311,7 @@ def descend(
     keep: Path,  # where step checkpoints go
     metrics: Metrics,
     optim: OptimConfig | None = None,  # None: the defaults
-    seed: int = 0,  # of dropout, where the model has any
+    seed: int = 0,  # of dropout, where the model has any, and of the low bits that masters start from
     micro_batches: Callable[[int], int | None] = lambda step: None,  # losses of a step, where the caller knows
     after: Callable[[int], None] = lambda step: None,
 ) -> dict[str, float | None]:  # for the ledger: steps, and Meter.facts of this process's part of them
@@ -323,9 +331,8 @@ def descend(
             f"{stage}: its only step is the first of the warm-up, whose learning rate is 0, so it would train nothing; "
             f"set {section}.warmup to 0, or have more steps by a lower {section}.batch_size or more {section}.epochs"
         )
-    with closing(
-        AdamW(model, optim or OptimConfig(), weight_decay=schedule.weight_decay, clip=schedule.clip)
-    ) as optimizer:
+    decay, clip, training = schedule.weight_decay, schedule.clip, f"{seed}/{stage}"
+    with closing(AdamW(model, optim or OptimConfig(), weight_decay=decay, clip=clip, training=training)) as optimizer:
         start = _resume(optimizer, keep)
         dist.gather(None)  # all have their weights: from here on the ranks wait for each other in collectives
         metrics.rewind(stage, start)  # what a killed attempt wrote after its last checkpoint is written again

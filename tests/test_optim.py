@@ -87,15 +87,30 @@ def test_dithered_masters_round_to_their_weights_and_lean_nowhere():
     torch.manual_seed(0)
     weight = torch.randn(400, 400).bfloat16()
     weight[0, :6] = torch.tensor([0.0, -0.0, 1.0, -2.0, 1e-39, 3e38])  # powers of two have half the room below
-    low = dithered(weight)
+    low = dithered(weight, 0)
     master = join(weight, low)
     assert torch.equal(master.bfloat16(), weight) and torch.equal(split(master)[0], weight)
-    assert torch.equal(low, dithered(weight)) and (low != 0).float().mean() > 0.99
+    assert torch.equal(low, dithered(weight, 0)) and (low != 0).float().mean() > 0.99
     assert torch.equal(master[0, :2], torch.zeros(2)) and master[0, 4] == weight[0, 4]
     relative = (master / weight.float() - 1)[1:]
     assert relative.abs().max() <= 2**-8 and relative.mean().abs() <= 2e-5
     with pytest.raises(ValueError, match="masters are for bfloat16 weights, not torch.float16"):
-        dithered(weight.half())
+        dithered(weight.half(), 0)
+
+
+def test_masters_start_anew_in_each_tensor_and_each_training():
+    """Else the elements that a small step moves are the same ones in every layer and every round."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).bfloat16()
+    nn.init.ones_(model[0].weight), nn.init.ones_(model[1].weight)
+
+    def starts(**which):
+        state = AdamW(model, OptimConfig(), weight_decay=0.0, clip=0, **which).state
+        return [state[name]["low"].flatten().double() for name in ("0.weight", "1.weight")]
+
+    one, again, two = starts(training="0/sft"), starts(training="0/sft"), starts(training="0/iter1/train")
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    correlations = torch.corrcoef(torch.stack([*one, *two])) - torch.eye(4)
+    assert correlations.abs().max() < 0.03  # 7 times what chance makes of 65,536
 
 
 @pytest.mark.parametrize("which", ["m", "v"])
@@ -127,7 +142,7 @@ def test_update_can_be_one_compiled_graph():
     torch.manual_seed(0)
     weight = (torch.randn(4, BLOCK) / 50).bfloat16()
     zeros = [torch.zeros(4, BLOCK, dtype=d) for d in (torch.int8, torch.uint8)]
-    state = [dithered(weight), zeros[0], torch.zeros(4, 1), zeros[1], torch.zeros(4, 1)]
+    state = [dithered(weight, 0), zeros[0], torch.zeros(4, 1), zeros[1], torch.zeros(4, 1)]
     rest = [torch.randn(4, BLOCK).bfloat16(), torch.tensor(0.5), torch.tensor([1e-3, 30.0, 0.999])]
     results = []
     for step in (update_, traced):
@@ -183,7 +198,7 @@ def test_bfloat16_masters_take_torchs_steps():
 
 
 @pytest.mark.parametrize("moments", ["float32", "int8"])
-@pytest.mark.parametrize("start", [dithered, lambda weight: torch.zeros_like(weight, dtype=torch.int16)],
+@pytest.mark.parametrize("start", [dithered, lambda weight, seed: torch.zeros_like(weight, dtype=torch.int16)],
                          ids=["dithered", "on the grid"])  # fmt: skip
 def test_the_model_sees_a_learning_rate_of_1e_6(monkeypatch, start, moments):
     """100 steps of 1e-6 are 1e-4, less than half a bfloat16 step here: masters that start on the grid of bfloat16 move
