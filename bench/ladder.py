@@ -101,7 +101,7 @@ def measure(model_name: str, pairs: Sequence[dict], dtype: str, args: argparse.N
     allowed = harness.relative_errors({"loss": plain}, {"loss": exact})
     on_gpu = args.device == "cuda"
     before = peak.highest_mib() if not on_gpu and peak.reset() else None
-    config = TrainConfig(batch_size=len(pairs), beta=peers.BETA)
+    config = TrainConfig(batch_size=len(pairs), beta=peers.BETA, warmup=0.0)
     batch_tokens = config.batch_tokens if on_gpu else CPU_BATCH_TOKENS
     settings = ModelConfig(path=str(directory), dtype=dtype, fuse="compile")
     model = Resident(directory, settings).at(directory, gradients=True)

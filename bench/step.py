@@ -95,7 +95,7 @@ def make_cream(directory: Path, pairs: list[dict], dtype: str) -> tuple[Callable
     from cream.work import Work
 
     model = Resident(directory, ModelConfig(path=str(directory), dtype=dtype)).at(directory, gradients=True)
-    config = TrainConfig(beta=peers.BETA)
+    config = TrainConfig(beta=peers.BETA, warmup=0.0)  # whose first step would have the rate 0
     if not torch.cuda.is_available():
         config = replace(config, batch_tokens=CPU_BATCH_TOKENS)
 
