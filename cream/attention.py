@@ -106,7 +106,8 @@ class Backend:
 
     @property
     def transformers_name(self) -> str:
-        return f"cream_{self.name.replace('-', '_')}"
+        """Without "flash" in it: a name with that transformers looks for as a package or a kernel on the hub."""
+        return f"cream_{self.name.replace('flash-attn-', 'fa').replace('-', '_')}"
 
 
 def _needs_cuda(module: str, function: str, *, least: int, most: int = 99) -> Callable[[], str | None]:
@@ -182,7 +183,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -
 
     k, v, more = segments.gather(k), segments.gather(v), {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.13; 2.11 has no word for it
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.12; 2.11 has no word for it
             more = {"enable_gqa": True}
         else:
             k, v = _as_many_heads(q, k, v)

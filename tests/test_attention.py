@@ -8,7 +8,9 @@ import torch
 
 from cream import attention
 from cream.attention import Segments
+from cream.config import ModelConfig
 from cream.log import UserError
+from cream.model import load
 
 CPU = torch.device("cpu")
 
@@ -232,3 +234,14 @@ def test_what_would_be_computed_wrongly_is_refused(loaded, option):
     ids = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(UserError, match=f"wants {option}"):
         loaded.base_model(input_ids=ids, use_cache=False, **{option: 4})
+
+
+@pytest.mark.parametrize("name", [backend.name for backend in attention.BACKENDS])
+def test_transformers_loads_a_model_under_every_name(name, tiny, monkeypatch):
+    """A name with "flash" in it sends transformers to look for a package or a kernel on the hub."""
+    stand_in = attention.Backend(name, lambda: None, attention._sdpa)
+    monkeypatch.setattr(attention, "choose", lambda *_: stand_in)
+    config = ModelConfig(path=str(tiny), dtype="float32")
+    for model in (load(tiny, config), load(tiny, config)):
+        assert model.config._attn_implementation == stand_in.transformers_name
+        assert model(torch.arange(5)[None]).logits.isfinite().all()
