@@ -98,11 +98,11 @@ setup(
         "torch>=2.11",
         "transformers>=5.10.1,<6",
         "accelerate>=1.1",  # transformers wants it for GGUF files
-        "gguf>=0.10",
+        "gguf>=0.13",
         "datasets>=4.7",
         "numba>=0.65",
         "numpy>=2.0",
-        "safetensors>=0.4.3",
+        "safetensors>=0.6.2",
         "tokenizers>=0.22",
         "huggingface-hub>=1.3",
         "pyarrow>=21",
@@ -125,13 +125,13 @@ setup(
         "hub": ["kernels>=0.17"],  # Hugging Face's loader; kernels/export_hub.py makes what it loads
         "bench": [
             "trl>=1.15; python_version >= '3.11'",
-            "liger-kernel>=0.8",
+            "liger-kernel>=0.8.2",
             "cut-cross-entropy>=25.1",
             "scipy>=1.13",
             "torchmetrics>=1.4",
             "hyper-corr>=0.2",
         ],
-        "bench-gpu": ["quack-kernels>=0.6", "liger-kernel[cutedsl]>=0.8"],  # these need CUDA to be of use
+        "bench-gpu": ["quack-kernels>=0.6", "liger-kernel[cutedsl]>=0.8.2"],  # these need CUDA to be of use
         # The tests of what is optional skip without it; these are there so that they do not. A CUDA torch brings its
         # own triton, a CPU torch none, and liger-kernel and cut-cross-entropy do not import without one.
         "dev": [
@@ -145,7 +145,7 @@ setup(
             "kernels>=0.17",
             "torchmetrics>=1.4",
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
-            "liger-kernel>=0.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "liger-kernel>=0.8.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "cut-cross-entropy>=25.1; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
