@@ -36,8 +36,12 @@ def rewrite(text: str, results: Path) -> str:
         opening, name, closing = match.groups()
         if name == "all":
             drawn = tables.overviews(everything(results))
+            if not drawn:
+                return opening + closing
+            last = max(drawn, key=lambda file: max(case.ours["date"] for case in drawn[file]))
+            image = f"![all on {drawn[last][0].device}](bench/plots/{last})"
             cases = [case for of_a_device in drawn.values() for case in of_a_device]
-            return f"{opening}\n{tables.glance(cases)}\n\n{closing}" if cases else opening + closing
+            return f"{opening}\n{tables.glance(cases)}\n\n{image}\n\n{closing}"
         rows = harness.read(name, results)
         if not rows:
             return opening + closing

@@ -530,6 +530,24 @@ def test_report_writes_and_checks(tmp_path):
     assert "(../plots/x-a-b.svg)\n![x on C](../plots/x-c.svg)" in (results / "README.md").read_text()
 
 
+def test_the_report_of_all(tmp_path):
+    readme, results, plots = tmp_path / "README.md", tmp_path / "results", tmp_path / "plots"
+    results.mkdir()
+    readme.write_text("<!-- bench:all -->\n<!-- /bench -->\n")
+    report.write(readme, results, plots)
+    assert readme.read_text() == "<!-- bench:all -->\n<!-- /bench -->\n"
+    harness.record("top_p", [row(), row(impl="peer", ms=3.0)], results)
+    late = {"date": "2026-01-02T00:00:00+00:00", "device": "C"}
+    harness.record("score", [row(**late), row(impl="peer", ms=0.75, **late)], results)
+    report.write(readme, results, plots)
+    assert "| 2.00" in readme.read_text() and "| 0.50" in readme.read_text()
+    assert "(bench/plots/all-c.svg)" in readme.read_text() and "all-a-b.svg" not in readme.read_text()
+    assert "(../plots/all-a-b.svg)" in (results / "README.md").read_text()
+    assert report.differences(readme, results, plots) == []
+    harness.record("top_p", [row(impl="peer", ms=3.5)], results)
+    assert "all-a-b.svg differs from the rows" in report.differences(readme, results, plots)
+
+
 # Tuning
 
 SOURCE = """\
