@@ -69,6 +69,9 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 def resolve_models(args: argparse.Namespace, dtypes: Sequence[str]) -> argparse.Namespace:
     """The same for whole models, of which a turn takes seconds to minutes: few turns; `dtypes` on a CPU, the first
     where it should be quick."""
+    if args.device == "cpu" and torch.cuda.is_available():  # which the trainer would take all the same
+        print("bench: for whole models on the CPU hide the GPU: CUDA_VISIBLE_DEVICES= python -m ...", file=sys.stderr)
+        raise SystemExit(2)
     turns, asked = args.repeats, args.dtypes
     resolve(args)
     quick = args.size in ("tiny", "small")

@@ -192,14 +192,14 @@ MAKERS = {
 }
 
 
-def worker(name: str, model: str, count: int, dtype: str) -> None:
+def worker(name: str, model: str, count: int, dtype: str, size: str) -> None:
     """The process of one implementation: the loss of the first pairs, then for every line a step of so many."""
     # Imported first, so that what that takes is not counted as the model's memory.
     importlib.import_module("cream.dpo" if name == "cream" else "trl.trainer.dpo_trainer")
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda")
     before = peak.highest_mib() if peak.reset() else None
-    pairs = make_pairs(count, directory_of(model, dtype))
+    pairs = make_pairs(count, directory_of(model, dtype), LENGTHS[size])
     step, loss = MAKERS[name](directory_of(model, dtype), pairs, dtype)
     print("WORKER", json.dumps({"loss": loss()}), flush=True)
     for line in sys.stdin:
@@ -278,7 +278,7 @@ def measure(model: str, count: int, dtype: str, names: Sequence[str], args: argp
     rounding = {"loss": max(1e-5, torch.finfo(getattr(torch, dtype)).eps)}  # one number, whose error chance decides
     workers, errors, excesses = [], {}, {}
     for name in names:
-        found = Worker(name, model, count, dtype)
+        found = Worker(name, model, count, dtype, args.size)
         errors[name] = harness.relative_errors({"loss": torch.tensor(found.loss).double()}, {"loss": exact})
         excesses[name] = harness.excess(errors[name], allowed, rounding)
         if excesses[name] <= 1:
@@ -313,11 +313,13 @@ def measure(model: str, count: int, dtype: str, names: Sequence[str], args: argp
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options.parser(__doc__)
     parser.add_argument("--pairs", type=int, help="a step's; default: 64, 2 where it should be quick")
-    parser.add_argument("--worker", nargs=4, metavar=("NAME", "MODEL", "PAIRS", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", nargs=5, metavar=("NAME", "MODEL", "PAIRS", "DTYPE", "SIZE"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args(argv)
     if args.worker:
-        name, model, count, dtype = args.worker
-        return worker(name, model, int(count), dtype)
+        name, model, count, dtype, size = args.worker
+        return worker(name, model, int(count), dtype, size)
     options.resolve_models(args, ["float32"])  # as a run would choose by itself
     model, count = SIZES[args.size]
     offered = [name for name in MAKERS if name != "cream"]

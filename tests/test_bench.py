@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import subprocess
@@ -419,6 +420,31 @@ def test_a_step_is_the_same_work_for_trl(tiny, checkpointing):
     assert our_loss() == pytest.approx(their_loss(), rel=1e-5)
     for count in (4, 8):  # the uncounted step, a counted one
         assert our_step(count) > 0 and their_step(count) > 0
+
+
+@pytest.mark.parametrize("size", ["cpu", "full"])
+def test_a_worker_has_the_pairs_that_its_parent_checks(size, tiny, monkeypatch):
+    given, checked = [], []
+    monkeypatch.setattr(step, "directory_of", lambda *_: tiny)
+    monkeypatch.setattr(
+        step, "MAKERS", {"cream": lambda directory, pairs, dtype: (None, lambda: given.append(pairs) or 0.0)}
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    step.main(["--worker", "cream", "tiny", "3", "float32", size])
+    monkeypatch.setattr(step, "checked_loss", lambda directory, pairs, *_: checked.append(pairs) or 0.0)
+    monkeypatch.setattr(
+        step, "Worker", lambda *spec: checked.append(spec) or argparse.Namespace(loss=math.nan, end=lambda: 0)
+    )
+    step.measure("tiny", 3, "float32", ["cream"], arguments(size=size))
+    assert given[0] == checked[0] and checked[-1][-1] == size
+
+
+def test_whole_models_on_a_cpu_need_the_gpu_hidden(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = options.parser("").parse_args(["--device", "cpu", "--small"])
+    with pytest.raises(SystemExit) as stop:
+        options.resolve_models(args, ["float32"])
+    assert stop.value.code == 2 and "CUDA_VISIBLE_DEVICES= python" in capsys.readouterr().err
 
 
 def test_the_rungs_of_the_ladder_are_one_loss_and_less_work_each(tiny, monkeypatch):
