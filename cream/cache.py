@@ -98,7 +98,8 @@ class KeyValues:
             raise ValueError(f"a cache of {self.most} columns cannot hold {columns}")
         if columns <= self.columns:
             return
-        old, self.columns = self.columns, min(self.most, columns + GROWTH)
+        # Multiples, since a GPU keeps plans (of cuDNN) and graphs by shape.
+        old, self.columns = self.columns, min(self.most, (-(-columns // GROWTH) + 1) * GROWTH)
         for layer, pair in self._layers.items():
             grown = tuple(x.new_zeros(*x.shape[:2], self.columns, x.shape[3]) for x in pair)
             for to, x in zip(grown, pair, strict=True):

@@ -29,7 +29,7 @@ from cream.data import Example, encode_prompt
 from cream.decode import Decoder, capturable
 from cream.log import UserError, progress
 from cream.model import context_length, head, hidden_states, stop_ids
-from cream.upload import upload
+from cream.upload import send, upload
 from cream.work import Work
 from cream_kernels import gather_logp, linear_logp_native, top_p_sample
 
@@ -149,12 +149,13 @@ def generate(
         live += new
         admitted = new.stop
 
-        logits = logits_of(hidden, weight)
         step = [len(answers[s]) for s in live]
         draws = np.zeros(len(live)) if uniform is None else uniform[live, step]
+        draws = send(torch.from_numpy(draws), weight.device)
+        logits = logits_of(hidden, weight)
         token = top_p_sample(
             logits,
-            torch.from_numpy(draws).to(weight.device),
+            draws,
             temperature=0.0 if uniform is None else temperature,
             top_p=top_p,
         )

@@ -133,6 +133,7 @@ def traced(function):
 @pytest.mark.parametrize("slots", [3, 7])
 def test_a_graph_of_every_slot_draws_the_same(loaded, tokenizer, monkeypatch, slots):
     monkeypatch.setattr("cream_kernels.native.load", lambda: None)
+    monkeypatch.setattr("cream.cache.GROWTH", 32)
     prompts = prompts_of(tokenizer, ["a", "what is two and two?", "hello there", "b c", "one more prompt"])
     uniform = np.stack([stream(7, 1, str(p), r, 90) for p in range(5) for r in range(3)])
     stop = [*stop_ids(loaded, tokenizer), *range(20, 26)]
