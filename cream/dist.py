@@ -177,7 +177,12 @@ def connect(timeout: float) -> None:
     _ranks.timeout = timeout
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise log.UserError(
+                f"torchrun: local rank {local} has no GPU of {gpus} here: --nproc-per-node {gpus} at most"
+            )
+        torch.cuda.set_device(local)
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=torch.distributed.PrefixStore("collectives", _ranks.store),

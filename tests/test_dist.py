@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -434,6 +435,15 @@ def test_a_killed_rank_of_torchrun_ends_the_run_which_goes_on(start, tiny, tmp_p
     found = [r["step"] for r in rows(tmp_path / "run/metrics.jsonl") if r["stage"] == "iter1/train"]
     assert found == list(range(1, len(found) + 1)) and len(found) > steps
     assert stages(tmp_path / "run") == ["prompts", "sft", "iter1/sample", "iter1/score", "iter1/rank", "iter1/train"]
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(dist, "_ranks", types.SimpleNamespace(timeout=None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="local rank 1 has no GPU of 1 here: --nproc-per-node 1 at most"):
+        dist.connect(1.0)
 
 
 if __name__ == "__main__":
