@@ -78,10 +78,10 @@ def small_tiles(monkeypatch):
 
 
 def problem(N, V, D, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(N, D, generator=generator).to(DEVICE, dtype)
-    weight = (torch.randn(V, D, generator=generator) * 3 * D**-0.5).to(DEVICE, dtype)
-    return hidden, weight, torch.randint(V, (N,), generator=generator).to(DEVICE)
+    drawn = {"generator": torch.Generator(DEVICE).manual_seed(seed), "device": DEVICE}
+    hidden = torch.randn(N, D, **drawn).to(dtype)
+    weight = (torch.randn(V, D, **drawn) * 3 * D**-0.5).to(dtype)
+    return hidden, weight, torch.randint(V, (N,), **drawn)
 
 
 def upstream(N, seed=1):
@@ -377,8 +377,9 @@ def test_weighted_dpo(agreement):
     assert_no_worse(ours, plain, truth)
     if agreement == 1.0:  # every digit, where softplus and sigmoid are far below 1
         settled = truth[0] > 0
-        assert ((ours[0] - truth[0]) / truth[0])[settled & (truth[0] > 1e-30)].abs().max() < 1e-6
-        assert ((ours[1] - truth[1]) / truth[1])[truth[1].abs() > 1e-30].abs().max() < 1e-6
+        close = 1e-6 if INTERPRETED else 3e-6  # exp is ex2 of a rounded product on a card: 1.6e-6 at a margin of 22.5
+        assert ((ours[0] - truth[0]) / truth[0])[settled & (truth[0] > 1e-30)].abs().max() < close
+        assert ((ours[1] - truth[1]) / truth[1])[truth[1].abs() > 1e-30].abs().max() < close
 
 
 def test_one_agreement_for_all_pairs():
