@@ -1,17 +1,17 @@
 """Time sampling against transformers on the same work: python -m bench.sample
 
 P prompts x R responses of up to T tokens each, which end where they end. Peers are transformers' generate with
-num_return_sequences, all rows in one padded batch, and its continuous batching, generate_batch, on a CPU with an eighth
-of the prompts, one at least (its time is then given eightfold). Rates are of the tokens in the answers, the end token
-included: the random numbers differ, and with them the answers' lengths a little. Correctness first: greedy, ours must
-write the tokens that generate writes, and a peer that does not, or raises, or leaves answers out, gives no row; then
-turns in one process.
+num_return_sequences, all rows in one padded batch, and its continuous batching, generate_batch (not in --small), on a
+CPU with an eighth of the prompts where they are eight or more: its time is then given eightfold, and with it the
+seconds that a call takes to set up. Rates are of the tokens in the answers, the end token included: the random numbers
+differ, and with them the answers' lengths a little. Correctness first: greedy, ours must write the tokens that generate
+writes, and a peer that does not, or raises, or leaves answers out, gives no row; then turns in one process.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -106,20 +106,27 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
     wanted = 1.0 if dtype == "float32" else 0.75  # bfloat16 logits tie and round differently in other shapes
     greedy = transformers_generate(GREEDY, do_sample=False)
 
-    def differ(found: list[list[int]]) -> str | None:
-        other = sum(a != b for a, b in zip(found, greedy, strict=False))
+    def differ(found: list[list[int]], wanted_tokens: list[list[int]]) -> str | None:
+        other = sum(a != b for a, b in zip(found, wanted_tokens, strict=True))
         return f"greedy answers differ for {other} of {len(found)}" if other > (1 - wanted) * len(found) else None
 
-    wrong = differ(cream(GREEDY, None, 1))
+    wrong = differ(cream(GREEDY, None, 1), greedy)
     assert wrong is None, wrong
-    absent = {}
-    try:
-        absent[PEERS[1]] = differ(transformers_generate_batch(prompts[:ALIKE], GREEDY, do_sample=False))
-    except Exception as error:  # of a peer's code, which may raise anything
-        absent[PEERS[1]] = f"it raised {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    absent: dict[str, str | None] = {}  # why a peer gives no row
+
+    def attempt(name: str, call: Callable[[], str | None]) -> None:
+        try:
+            absent[name] = call()
+        except Exception as error:  # of a peer's code, which may raise anything
+            absent[name] = f"it raised {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+
+    asked = options.chosen(args.peers or ([PEERS[0]] if args.size == "small" else None), PEERS, "peer")
+    if PEERS[1] in asked:
+        some = prompts[:ALIKE]
+        attempt(PEERS[1], lambda: differ(transformers_generate_batch(some, GREEDY, do_sample=False), greedy[:ALIKE]))
 
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0, "num_return_sequences": R}
-    part = min(8, P) if device == "cpu" else 1
+    part = 8 if device == "cpu" and P >= 8 else 1
     some = prompts[part // 2 :: part]  # of all lengths
     work = {
         "cream": lambda: cream(T, uniform, R),
@@ -128,18 +135,26 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
     }
     if device == "cuda":
         work["cream, no CUDA graphs"] = lambda: cream(T, uniform, R, graphs=False)
-    asked = options.chosen(args.peers, PEERS, "peer")
-    for name in asked:
-        if absent.get(name):
-            print(f"  no {name}: {absent[name]}")
     shown = [*(name for name in work if name not in PEERS), *(name for name in asked if not absent.get(name))]
 
     def counted(name: str) -> None:
         tokens[name] = sum(map(len, work[name]()))
 
+    def timed(name: str) -> None:
+        if name not in PEERS:
+            counted(name)
+        elif not absent.get(name):
+            attempt(name, lambda: counted(name))
+
     rows = []
-    run = {name: partial(counted, name) for name in shown}
-    for name, ms in harness.interleave(run, args.repeats, device, warm_up=args.size == "full").items():
+    run = {name: partial(timed, name) for name in shown}
+    times = harness.interleave(run, args.repeats, device, warm_up=args.size == "full")
+    for name in asked:
+        if absent.get(name):
+            print(f"  no {name}: {absent[name]}")
+    for name, ms in times.items():
+        if absent.get(name):
+            continue
         scale = P / len(some) if name == PEERS[1] else 1.0
         row = harness.facts(device) | {"shape": [P, R, T], "model": "SmolLM2-135M", "dtype": dtype, "impl": name}
         row |= harness.spread([scale * one for one in ms]) | {"repeats": args.repeats}
