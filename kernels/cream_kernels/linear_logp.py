@@ -87,9 +87,9 @@ def linear_logp_statistics(
     """
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_linear(hidden, weight, targets)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(f"bias must be ({weight.shape[0]},) {weight.dtype}, not {tuple(bias.shape)} {bias.dtype}")
     if bias is not None:
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise ValueError(f"bias must be ({weight.shape[0]},) {weight.dtype}, not {tuple(bias.shape)} {bias.dtype}")
         check_device(hidden, bias=bias)
     squash = squash_of(temperature, scale, softcap)
     head_needs_gradient = weight.requires_grad or (bias is not None and bias.requires_grad)
