@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,9 @@ def test_both_start(processes):
 
 
 def test_kernels_under_the_interpreter(processes):
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton 3.6 needs an older NumPy: pip install 'numpy<2.4'")
     process, log = processes["interpreter"]
     assert process.wait(timeout=900) == 0, log.read_text()[-8000:]
     assert " passed" in log.read_text().splitlines()[-1]

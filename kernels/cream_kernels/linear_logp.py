@@ -117,7 +117,8 @@ def cast_for_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What torch.autocast would do to the arguments of a linear layer."""
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Not torch.amp.is_autocast_available, which torch.compile of torch 2.11 cannot trace.
+    if hidden.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return hidden, weight, bias
