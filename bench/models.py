@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cream.config import ModelConfig
 from cream.model import import_model, load_tokenizer
@@ -38,7 +42,7 @@ def directory_of(model: str, dtype: str) -> Path:
         torch.manual_seed(0)
         config = LlamaConfig(**RANDOM[model], max_position_embeddings=4096, tie_word_embeddings=False)
         LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory)
-        load_tokenizer(tokenizer()).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(tokenizer()).save_pretrained(directory)
     return directory
 
 
@@ -48,3 +52,12 @@ def tokenizer() -> Path:
     if not (directory / "tokenizer_config.json").is_file():
         load_tokenizer(smollm2("float32")).save_pretrained(directory)
     return directory
+
+
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """A peer's turn: rotations as transformers has them, which cream.fuse replaces for the process on a GPU."""
+    home = sys.modules[type(model).__module__]
+    now = home.apply_rotary_pos_emb
+    with mock.patch.object(home, "apply_rotary_pos_emb", now.args[0] if hasattr(now, "args") else now):
+        yield

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bench import harness, options, tables
-from bench.models import smollm2
+from bench.models import smollm2, untouched
 from cream.config import ModelConfig
 from cream.data import encode_prompt, load_prompts
 from cream.model import load, load_tokenizer, stop_ids
@@ -73,6 +73,7 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
         ends = [n for n, token in enumerate(row) if token in stop]
         return row[: ends[0] + 1] if ends else row
 
+    @untouched(theirs)
     def transformers_generate(count: int, **kwargs) -> list[list[int]]:
         torch.manual_seed(0)
         out = theirs.generate(
@@ -80,6 +81,7 @@ def measure(args: Namespace, dtype: str) -> list[dict]:
         )
         return [up_to_the_end(row) for row in out[:, ids.shape[1] :].tolist()]
 
+    @untouched(theirs)
     def transformers_generate_batch(prompts: Sequence[Sequence[int]], count: int, **kwargs) -> list[list[int]]:
         config = GenerationConfig(max_new_tokens=count, eos_token_id=stop, pad_token_id=stop[0], **kwargs)
         keep = device == "cuda" and kwargs["do_sample"]  # its CUDA graphs, from turn to turn

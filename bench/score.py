@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import harness, options, tables
-from bench.models import LAYERS, directory_of
+from bench.models import LAYERS, directory_of, untouched
 from cream.config import ModelConfig
 from cream.data import encode_prompt, load_prompts
 from cream.model import load
@@ -38,7 +38,7 @@ def padded_full_logits(model, groups: list, batch_size: int) -> list[float]:
             end = len(prompt) + len(response)
             ids[row, :end], mask[row, :end] = torch.tensor([*prompt, *response]), 1
             answer[row, len(prompt) : end] = True
-        with torch.no_grad():
+        with torch.no_grad(), untouched(model):
             logits = model(input_ids=ids, attention_mask=mask).logits
         wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # float64 stays so: it is the truth
         logp = torch.log_softmax(wide, -1).gather(2, ids[:, 1:, None])[:, :, 0]

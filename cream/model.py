@@ -217,9 +217,12 @@ def _from_pretrained(auto, directory: Path, **kwargs):
         with quiet:  # converting a GGUF file shows a bar of its own, which off a terminal is hundreds of lines
             return auto.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **kwargs)
     except (OSError, ValueError, LookupError, ImportError, RuntimeError,
-            SafetensorError, StrictDataclassError, struct.error) as error:  # fmt: skip  # the last: a GGUF file cut off
+            SafetensorError, StrictDataclassError, struct.error,  # the last: a GGUF file cut off
+            ArithmeticError, AssertionError, AttributeError, TypeError) as error:  # fmt: skip  # config.json's numbers
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(" ".join(lines[:2]).split()) if lines[0].endswith(":") else lines[0]
+        if isinstance(error, (LookupError, ArithmeticError, AttributeError, TypeError)):  # these say little alone
+            reason = f"{type(error).__name__}: {reason}"
         place = directory / (kwargs.get("gguf_file") or "")
         raise UserError(f"model.path: {place} cannot be loaded: {reason}") from error
 

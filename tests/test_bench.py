@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from bench import __main__ as bench_all
 from bench import (
@@ -20,6 +21,7 @@ from bench import (
     kendall,
     ladder,
     linear_logp,
+    models,
     options,
     peak,
     peers,
@@ -34,7 +36,7 @@ from bench import weighted_dpo as dpo
 from bench.shapes import HEAD_SIZES
 from cream.config import ModelConfig
 from cream.dpo import loss_of
-from cream.model import load
+from cream.model import load, load_tokenizer
 from cream_kernels import linear_logp_native, tiles
 from tests.test_fuse import using
 
@@ -437,6 +439,27 @@ def test_a_worker_has_the_pairs_that_its_parent_checks(size, tiny, monkeypatch):
     )
     step.measure("tiny", 3, "float32", ["cream"], arguments(size=size))
     assert given[0] == checked[0] and checked[-1][-1] == size
+
+
+def test_models_are_made_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    monkeypatch.setattr(models, "smollm2", lambda dtype: tiny)
+    made = models.directory_of("tiny", "bfloat16")
+    assert load(made, ModelConfig(dtype="bfloat16")).config.vocab_size == 512
+    assert len(load_tokenizer(made)) == len(load_tokenizer(tiny))
+    monkeypatch.setattr(models, "smollm2", None)
+    assert models.directory_of("tiny", "bfloat16") == made
+
+
+def test_peers_rotate_as_transformers_does(tiny, monkeypatch):
+    own = modeling_llama.apply_rotary_pos_emb
+    own = getattr(own, "args", [own])[0]
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", own)  # whatever a test before this one left
+    model = load(tiny, ModelConfig(path=str(tiny), dtype="float32", fuse="compile"))
+    ours = modeling_llama.apply_rotary_pos_emb
+    with models.untouched(model):
+        assert modeling_llama.apply_rotary_pos_emb is own
+    assert ours is not own and modeling_llama.apply_rotary_pos_emb is ours
 
 
 def test_whole_models_on_a_cpu_need_the_gpu_hidden(monkeypatch, capsys):

@@ -244,6 +244,23 @@ def test_a_safetensors_file_that_is_not_whole_is_named(copy, tiny, loaded, conte
         load(copy, FLOAT32)
 
 
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError: "),
+        ({"pad_token_id": 10**9}, "Padding_idx must be within num_embeddings"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"quantization_config": 5}, "AttributeError: 'int' object"),
+        ({"num_hidden_layers": None}, "expected int, got NoneType"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(copy, values, said):
+    change(copy / "config.json", **values)
+    with pytest.raises(UserError, match=f"copy cannot be loaded: .*{said}") as error:
+        load(copy, FLOAT32)
+    assert "\n" not in str(error.value)
+
+
 def test_a_gguf_file_that_ends_early_is_named(tmp_path):
     (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\0\0\0")
     with pytest.raises(UserError, match="short.gguf cannot be loaded: "):
