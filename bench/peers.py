@@ -7,6 +7,7 @@ hidden size, V vocabulary, P prompts or pairs, R responses a prompt.
 from __future__ import annotations
 
 import importlib
+import inspect
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ class Peer(NamedTuple):
     package: str  # its distribution
     cuda_only: bool = False
     compiles: bool = False  # calls torch.compile, which needs a C++ compiler on a CPU
+    lacks: Callable[[], str | None] = lambda: None  # what this version of the package has not
 
 
 def why_not(peer: Peer, device: str) -> str | None:
@@ -43,9 +45,7 @@ def why_not(peer: Peer, device: str) -> str | None:
         if version(peer.package) is None:
             return f"{peer.package} is not installed: pip install .[bench{'-gpu' if peer.cuda_only else ''}]"
         return f"{peer.package} {version(peer.package)} does not import: {error}"
-    if peer.module == "torch.nn" and not hasattr(functional, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no linear_cross_entropy: 2.13 has"
-    return None
+    return peer.lacks()
 
 
 def split(
@@ -107,6 +107,12 @@ def torch_linear_logp() -> Callable:
     return linear_logp
 
 
+def torch_lacks() -> str | None:
+    if hasattr(functional, "linear_cross_entropy"):
+        return None
+    return f"torch {torch.__version__} has no linear_cross_entropy: 2.13 has"
+
+
 def trl_linear_logp(outputs: tuple[str, ...] = ("log_probs",)) -> Callable:
     from trl.kernels import ChunkedLogProbFunction
 
@@ -157,7 +163,7 @@ LINEAR_LOGP = {
     "cream": Peer(cream_linear_logp, "cream_kernels", "cream-trainer"),
     "eager": Peer(eager_linear_logp, "torch", "torch"),
     "compile": Peer(compiled(eager_linear_logp), "torch", "torch", compiles=True),
-    "torch": Peer(torch_linear_logp, "torch.nn", "torch"),
+    "torch": Peer(torch_linear_logp, "torch", "torch", lacks=torch_lacks),
     "trl": Peer(trl_linear_logp, "trl.kernels", "trl"),
     "trl-default": Peer(trl_default_linear_logp, "trl.kernels", "trl", cuda_only=True),
     "liger": Peer(liger_linear_logp, "liger_kernel.ops", "liger-kernel"),
@@ -206,7 +212,7 @@ def quack_linear_sum() -> Callable:
 LINEAR_SUM = {
     "cream": Peer(summed(cream_linear_logp), "cream_kernels", "cream-trainer"),
     "eager": Peer(summed(eager_linear_logp), "torch", "torch"),
-    "torch": Peer(torch_linear_sum, "torch.nn", "torch"),
+    "torch": Peer(torch_linear_sum, "torch", "torch", lacks=torch_lacks),
     "liger-flce": Peer(liger_flce_linear_sum, "liger_kernel.transformers", "liger-kernel", cuda_only=True),
     "quack": Peer(quack_linear_sum, "quack.linear_cross_entropy", "quack-kernels", cuda_only=True),
 }
@@ -374,6 +380,14 @@ def scipy_axis() -> Callable:
     return lambda x, y: kendalltau(x, y, axis=1).statistic
 
 
+def scipy_lacks() -> str | None:
+    from scipy.stats import kendalltau
+
+    if "axis" in inspect.signature(kendalltau).parameters:
+        return None
+    return f"SciPy {version('scipy')} has no vectorised kendalltau"
+
+
 def torchmetrics_kendall() -> Callable:
     from torchmetrics.functional import kendall_rank_corrcoef
 
@@ -389,7 +403,7 @@ def hyper_corr_loop() -> Callable:
 KENDALL = {
     "cream": Peer(cream_kendall, "cream_kernels", "cream-trainer"),
     "scipy loop": Peer(scipy_loop, "scipy.stats", "scipy"),
-    "scipy axis": Peer(scipy_axis, "scipy.stats", "scipy"),
+    "scipy axis": Peer(scipy_axis, "scipy.stats", "scipy", lacks=scipy_lacks),
     "torchmetrics": Peer(torchmetrics_kendall, "torchmetrics.functional", "torchmetrics"),
     "hyper-corr loop": Peer(hyper_corr_loop, "hyper_corr", "hyper-corr"),
 }
