@@ -42,6 +42,7 @@ def rankings(P, R, seed=0, dtype=np.float64, ties=True):
 
 
 def scipy_tau(x, y):
+    x, y = x.astype(np.float64), y.astype(np.float64)  # SciPy 1.18 answers in the dtype it is given
     return np.array([stats.kendalltau(a, b).statistic for a, b in zip(x, y, strict=True)])
 
 
