@@ -67,7 +67,7 @@ def library(request, monkeypatch):
     from cream_kernels import linear_logp_native, native, products
 
     if request.param == "AVX2":
-        processor = Processor(cream_bf16_isa=0, cream_multiply_serves=1)
+        processor = Processor(cream_bf16_isa=0, cream_multiply_isa=1)
         if processor.cream_top_p_isa() == 0:
             pytest.skip("this processor has no AVX2")
         monkeypatch.setattr(native, "load", lambda: processor)

@@ -24,8 +24,8 @@ EMPTY = torch.empty(1, 2, dtype=torch.bfloat16)
 needs_bf16 = pytest.mark.usefixtures("product")
 
 
-def use(question, isa, name, monkeypatch):
-    processor = Processor(**{question: isa})
+def use(question, isa, name, monkeypatch, **answers):
+    processor = Processor(**{question: isa}, **answers)
     if isa > getattr(processor.library, question)():
         pytest.skip(f"this processor has no {name}")
     monkeypatch.setattr(native, "load", lambda: processor)
@@ -245,14 +245,15 @@ def test_a_tile_keeps_float32(n, c, D):
         torch.set_num_threads(1)
 
 
-@pytest.fixture
-def avx2(monkeypatch):
-    use("cream_top_p_isa", 1, "AVX2", monkeypatch)
+@pytest.fixture(params=["AVX2", "AVX-512"])
+def float_product(request, monkeypatch):
+    isa = ["AVX2", "AVX-512"].index(request.param) + 1
+    use("cream_top_p_isa", isa, request.param, monkeypatch, cream_multiply_isa=isa)
 
 
-@pytest.mark.usefixtures("avx2")
+@pytest.mark.usefixtures("float_product")
 @pytest.mark.parametrize("left, right", [*itertools.product([torch.float32, torch.bfloat16], repeat=2)], ids=str)
-@pytest.mark.parametrize("n, m, c", [(1, 1, 1), (7, 9, 17), (6, 40, 16), (40, 9, 6), (330, 200, 33), (65, 577, 50)])
+@pytest.mark.parametrize("n, m, c", [(1, 1, 1), (7, 9, 17), (6, 40, 16), (40, 9, 6), (330, 200, 33), (65, 577, 100)])
 def test_a_product_of_any_strides_keeps_float32(n, m, c, left, right):
     g = torch.Generator().manual_seed(9)
     a, b = torch.randn(n, m, generator=g).to(left), torch.randn(m, c, generator=g).to(right)
@@ -276,7 +277,7 @@ def test_a_product_of_any_strides_keeps_float32(n, m, c, left, right):
         torch.set_num_threads(1)
 
 
-@pytest.mark.usefixtures("avx2")
+@pytest.mark.usefixtures("float_product")
 @pytest.mark.parametrize("m", [32, 320, 576, 4096])
 def test_a_product_is_no_worse_than_a_blas(m):
     """One running sum over all of m would be 1.4 times as wrong at 320, and 4.4 times at 4096."""
@@ -287,7 +288,7 @@ def test_a_product_is_no_worse_than_a_blas(m):
     assert error <= 1.25 * (a @ b - truth).norm()
 
 
-@pytest.mark.usefixtures("avx2")
+@pytest.mark.usefixtures("float_product")
 def test_products_of_nothing():
     empty = torch.empty(0, 5)
     assert ours.multiply(empty, torch.ones(5, 3), torch.empty(0, 3)).shape == (0, 3)

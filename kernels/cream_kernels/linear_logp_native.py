@@ -3,13 +3,15 @@
 N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
-Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile, transpose), why_not_multiply (AVX2 and no AVX-512:
-multiply), why_not_fold, why_not_read or why_not_scale (AVX2: fold_tile_, read_rows and write_gradient, scale_rows and
-add_rows_) first. No result depends on the number of threads, which is torch's. Sources: bf16_product, linear_logp,
-logits_tile, multiply, fold, transpose.cpp.
+Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile, transpose), why_not_multiply (AVX2 without AVX-512, or
+Zen 5: multiply), why_not_fold, why_not_read or why_not_scale (AVX2: fold_tile_, read_rows and write_gradient,
+scale_rows and add_rows_) first. No result depends on the number of threads, which is torch's. Sources: bf16_product,
+linear_logp, logits_tile, multiply, fold, transpose.cpp.
 """
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch import Tensor
@@ -41,8 +43,11 @@ def why_not_multiply(left: Tensor, right: Tensor) -> str | None:
     library = native.load()
     if library is None:
         return native.why_not()
-    half = torch.bfloat16 in (left.dtype, right.dtype)
-    return None if library.cream_multiply_serves(half) else "this processor has a faster product, or no AVX2"
+    return None if _multiply_isa(library, left, right) else "this processor has a faster product, or no AVX2"
+
+
+def _multiply_isa(library: ctypes.CDLL, left: Tensor, right: Tensor) -> int:
+    return library.cream_multiply_isa(torch.bfloat16 in (left.dtype, right.dtype))
 
 
 def why_not_fold(tile: Tensor) -> str | None:
@@ -147,13 +152,15 @@ def multiply(
     right: Tensor,  # (m, c) float32 or bfloat16, any strides
     out: Tensor,  # (n, c) float32, columns dense
     adds: bool = False,
+    isa: int | None = None,  # 1 AVX2, 2 AVX-512; None: the one that is fastest here
 ) -> Tensor:  # out
     """left @ right, or out + left @ right where adds; sums in float32. Only what is multiplied next of either
     operand is copied."""
     assert out.dtype == torch.float32 and (out.stride(1) == 1 or out.shape[1] == 1)
     assert out.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
+    library = native.load()
     _check(
-        native.load().cream_multiply(
+        library.cream_multiply(
             left.data_ptr(),
             left.dtype == torch.bfloat16,
             *left.stride(),
@@ -166,6 +173,7 @@ def multiply(
             out.stride(0),
             adds,
             torch.get_num_threads(),
+            _multiply_isa(library, left, right) if isa is None else isa,
         )
     )
     return out

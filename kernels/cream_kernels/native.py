@@ -190,8 +190,8 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]
-    library.cream_multiply_serves.restype = ctypes.c_int
-    library.cream_multiply_serves.argtypes = [ctypes.c_int]  # half
+    library.cream_multiply_isa.restype = ctypes.c_int
+    library.cream_multiply_isa.argtypes = [ctypes.c_int]  # half
     library.cream_multiply.restype = ctypes.c_int
     library.cream_multiply.argtypes = [
         ctypes.c_void_p,  # left
@@ -209,6 +209,7 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_int64,  # its row stride
         ctypes.c_int,  # adds
         ctypes.c_int,  # threads
+        ctypes.c_int,  # isa
     ]
     library.cream_transpose.restype = ctypes.c_int
     library.cream_transpose.argtypes = [

@@ -1,10 +1,10 @@
-// Matrix products with float32 sums of float32 and bfloat16 operands, for CPUs with AVX2 and no more.
+// Matrix products with float32 sums of float32 and bfloat16 operands, in AVX2 or AVX-512.
 // Meaning: multiply in linear_logp_native.py.
 //
-// The summed index is cut into steps. Of each, the right operand is packed whole, in slivers of 16 columns, for all
-// threads; the left one by each thread for itself, in blocks of 6 rows, as many as stay in its second level cache. A
-// block's 6 x 16 sums stay in registers, and the steps' are added up in order, so no result depends on the number of
-// threads. bfloat16 becomes float32 where it is packed: no wide copy is ever made.
+// The summed index is cut into steps. Of each, the right operand is packed whole, in slivers of 16 or 48 columns, for
+// all threads; the left one by each thread for itself, in blocks of 6 or 8 rows, as many as stay in its second level
+// cache. A block's sums (6 x 16 or 8 x 48) stay in registers, and the steps' are added up in order, so no result depends
+// on the number of threads. bfloat16 becomes float32 where it is packed: no wide copy is ever made.
 
 #include <algorithm>
 
@@ -13,8 +13,10 @@
 
 #if defined(__x86_64__)
 #define HAVE_AVX2 1
+#include <cpuid.h>
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,fma")))
+#define TARGET_512 __attribute__((target("avx512f,avx2,fma")))
 #else
 #define HAVE_AVX2 0
 #endif
@@ -23,7 +25,7 @@
 
 namespace {
 
-constexpr int kLanes = 8, kRows = 6, kColumns = 2 * kLanes;
+constexpr int kLanes = 8, kWideLanes = 16;
 constexpr int64_t kStep = 192;      // of the summed index at most: a longer running sum would be more wrong than MKL's
 constexpr int64_t kTaskRows = 320;  // at most
 
@@ -96,37 +98,80 @@ void pack(const Matrix& x, int64_t line, int64_t next, int64_t first, int64_t li
     pack<WIDTH>(static_cast<const float*>(x.data) + at, lines - first, count, line, next, out);
 }
 
-TARGET void multiply_block(const float* left, const float* right, int64_t count, float* out, int64_t stride, bool adds) {
-  __m256 sum[kRows][2];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    _mm_prefetch(reinterpret_cast<const char*>(out + r * stride), _MM_HINT_T0);
-  }
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k, left += kRows, right += kColumns) {
-    const __m256 first = _mm256_load_ps(right), second = _mm256_load_ps(right + kLanes);
+// out (kRows, kColumns), or out += where adds, a block of the left operand times a sliver of the right one.
+struct Avx2 {
+  static constexpr int kRows = 6, kColumns = 2 * kLanes;
+
+  TARGET static void multiply(const float* left, const float* right, int64_t count, float* out, int64_t stride,
+                              bool adds) {
+    __m256 sum[kRows][2];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const __m256 x = _mm256_broadcast_ss(left + r);
-      sum[r][0] = _mm256_fmadd_ps(x, first, sum[r][0]);
-      sum[r][1] = _mm256_fmadd_ps(x, second, sum[r][1]);
+      sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+      _mm_prefetch(reinterpret_cast<const char*>(out + r * stride), _MM_HINT_T0);
     }
-  }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < count; ++k, left += kRows, right += kColumns) {
+      const __m256 first = _mm256_load_ps(right), second = _mm256_load_ps(right + kLanes);
 #pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-    for (int g = 0; g < 2; ++g) {
-      float* to = out + r * stride + g * kLanes;
-      _mm256_storeu_ps(to, adds ? _mm256_add_ps(_mm256_loadu_ps(to), sum[r][g]) : sum[r][g]);
+      for (int r = 0; r < kRows; ++r) {
+        const __m256 x = _mm256_broadcast_ss(left + r);
+        sum[r][0] = _mm256_fmadd_ps(x, first, sum[r][0]);
+        sum[r][1] = _mm256_fmadd_ps(x, second, sum[r][1]);
+      }
     }
-}
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int g = 0; g < 2; ++g) {
+        float* to = out + r * stride + g * kLanes;
+        _mm256_storeu_ps(to, adds ? _mm256_add_ps(_mm256_loadu_ps(to), sum[r][g]) : sum[r][g]);
+      }
+  }
+};
+
+struct Avx512 {
+  static constexpr int kVectors = 3, kRows = 8, kColumns = kVectors * kWideLanes;
+
+  TARGET_512 static void multiply(const float* left, const float* right, int64_t count, float* out, int64_t stride,
+                                  bool adds) {
+    __m512 sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int g = 0; g < kVectors; ++g) {
+        sum[r][g] = _mm512_setzero_ps();
+        _mm_prefetch(reinterpret_cast<const char*>(out + r * stride + g * kWideLanes), _MM_HINT_T0);
+      }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < count; ++k, left += kRows, right += kColumns) {
+      __m512 y[kVectors];
+#pragma GCC unroll 3
+      for (int g = 0; g < kVectors; ++g) y[g] = _mm512_load_ps(right + g * kWideLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 x = _mm512_set1_ps(left[r]);
+#pragma GCC unroll 3
+        for (int g = 0; g < kVectors; ++g) sum[r][g] = _mm512_fmadd_ps(x, y[g], sum[r][g]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int g = 0; g < kVectors; ++g) {
+        float* to = out + r * stride + g * kWideLanes;
+        _mm512_storeu_ps(to, adds ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][g]) : sum[r][g]);
+      }
+  }
+};
 
 // The same at an edge, where only some rows and columns are there.
+template <typename Block>
 void multiply_edge(const float* left, const float* right, int64_t count, float* out, int64_t stride, bool adds,
                    int64_t rows, int64_t columns) {
-  alignas(64) float part[kRows * kColumns];
-  multiply_block(left, right, count, part, kColumns, false);
+  constexpr int kColumns = Block::kColumns;
+  alignas(64) float part[Block::kRows * kColumns];
+  Block::multiply(left, right, count, part, kColumns, false);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < columns; ++j) {
       float& to = out[r * stride + j];
@@ -134,49 +179,24 @@ void multiply_edge(const float* left, const float* right, int64_t count, float* 
     }
 }
 
-bool has_avx2() {
+bool has(int isa) {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return (isa == 1 || (isa == 2 && __builtin_cpu_supports("avx512f"))) && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma");
 }
 
-}  // namespace
-
-#endif
-
-// Whether this is the fastest product here of float32 operands (half 0), or of such that are bfloat16 (1).
-// With AVX-512, and for float32 on other makers' processors, it was not measured: those keep what they have.
-EXPORT int cream_multiply_serves(int half) {
-#if HAVE_AVX2
-  return has_avx2() && !__builtin_cpu_supports("avx512f") && (half || __builtin_cpu_is("amd"));
-#else
-  (void)half;
-  return 0;
-#endif
+// 25 is Zen 3 and 4, 26 Zen 5; 0 if not AMD's.
+int amd_family() {
+  unsigned a, b, c, d;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  return int((a >> 8) & 15) + int((a >> 20) & 255);
 }
 
-// Returns 0, or -1 where there is no AVX2, or -2 without memory.
-EXPORT int cream_multiply(
-    const void* left,  // (n, m), its rows and columns so many elements apart
-    int left_is_bf16,
-    int64_t left_row,
-    int64_t left_column,
-    const void* right,  // (m, c)
-    int right_is_bf16,
-    int64_t right_row,
-    int64_t right_column,
-    int64_t n,
-    int64_t m,
-    int64_t c,
-    float* out,  // (n, c), columns dense
-    int64_t out_stride,
-    int adds,  // to what out holds
-    int threads
-) {
-#if HAVE_AVX2
-  if (!has_avx2()) return -1;
-  if (n == 0 || c == 0) return 0;
-  const Matrix a = {left, left_row, left_column, left_is_bf16 != 0};
-  const Matrix b = {right, right_row, right_column, right_is_bf16 != 0};
+// 0, or -2 without memory.
+template <typename Block>
+int multiply(const Matrix& a, const Matrix& b, int64_t n, int64_t m, int64_t c, float* out, int64_t out_stride,
+             bool adds, int threads) {
+  constexpr int kRows = Block::kRows, kColumns = Block::kColumns;
   const int64_t steps = std::max<int64_t>(1, ceil_div(m, kStep)), length = ceil_div(m, steps);
   const int64_t slivers = ceil_div(c, kColumns), blocks = ceil_div(n, kRows);
   // Tasks of about one size, and as many for each thread.
@@ -211,18 +231,64 @@ EXPORT int cream_multiply(
             float* to = out + i * kRows * out_stride + s * kColumns;
             const int64_t rows = n - i * kRows, columns = c - s * kColumns;
             if (rows >= kRows && columns >= kColumns)
-              multiply_block(x, y, count, to, out_stride, sums);
+              Block::multiply(x, y, count, to, out_stride, sums);
             else
-              multiply_edge(x, y, count, to, out_stride, sums, std::min<int64_t>(rows, kRows),
+              multiply_edge<Block>(x, y, count, to, out_stride, sums, std::min<int64_t>(rows, kRows),
                             std::min<int64_t>(columns, kColumns));
           }
       }
     }
   }
   return no_memory ? -2 : 0;
+}
+
+}  // namespace
+
+#endif
+
+// The instruction set with which this is the fastest product here of float32 operands (half 0), or of such that are
+// bfloat16 (1): 1 AVX2, 2 AVX-512; 0 where another is, or where it was not measured.
+EXPORT int cream_multiply_isa(int half) {
+#if HAVE_AVX2
+  if (!has(1)) return 0;
+  if (has(2)) return !half && amd_family() >= 26 ? 2 : 0;
+  return half || amd_family() ? 1 : 0;
+#else
+  (void)half;
+  return 0;
+#endif
+}
+
+// Returns 0, or -1 where isa is not there, or -2 without memory.
+EXPORT int cream_multiply(
+    const void* left,  // (n, m), its rows and columns so many elements apart
+    int left_is_bf16,
+    int64_t left_row,
+    int64_t left_column,
+    const void* right,  // (m, c)
+    int right_is_bf16,
+    int64_t right_row,
+    int64_t right_column,
+    int64_t n,
+    int64_t m,
+    int64_t c,
+    float* out,  // (n, c), columns dense
+    int64_t out_stride,
+    int adds,  // to what out holds
+    int threads,
+    int isa
+) {
+#if HAVE_AVX2
+  if (!has(isa)) return -1;
+  if (n == 0 || c == 0) return 0;
+  const Matrix a = {left, left_row, left_column, left_is_bf16 != 0};
+  const Matrix b = {right, right_row, right_column, right_is_bf16 != 0};
+  return isa == 2 ? multiply<Avx512>(a, b, n, m, c, out, out_stride, adds != 0, threads)
+                  : multiply<Avx2>(a, b, n, m, c, out, out_stride, adds != 0, threads);
 #else
   (void)left, (void)left_is_bf16, (void)left_row, (void)left_column, (void)right, (void)right_is_bf16;
-  (void)right_row, (void)right_column, (void)n, (void)m, (void)c, (void)out, (void)out_stride, (void)adds, (void)threads;
+  (void)right_row, (void)right_column, (void)n, (void)m, (void)c, (void)out, (void)out_stride, (void)adds;
+  (void)threads, (void)isa;
   return -1;
 #endif
 }
