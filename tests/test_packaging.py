@@ -10,15 +10,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for folder in ("bench", "cream", "kernels") for p in (ROOT / folder).rglob("*.py"))
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # import name -> distribution, where they differ
 DISTRIBUTION = {
     "yaml": "pyyaml",
@@ -67,6 +69,16 @@ def test_constraints_pin_what_setup_names(python):
         versions = pinned.get(canonicalize_name(requirement.name))
         assert versions, f"constraints.txt has no {requirement.name} for Python {python}"
         assert requirement.specifier.contains(versions[0]), f"{requirement} excludes the pinned {versions[0]}"
+
+
+def test_triton_is_what_the_pinned_torch_asks_for():
+    """A CUDA build asks for one version; with another pinned, pip refuses both."""
+    if Version(metadata.version("torch")).public != pins("3.11")["torch"][0]:
+        pytest.skip(f"torch {metadata.version('torch')} is here, not the pinned one")
+    asked = [Requirement(text) for text in metadata.requires("torch") or [] if Requirement(text).name == "triton"]
+    if not asked:
+        pytest.skip("this build of torch asks for no triton")
+    assert all(requirement.specifier.contains(pins("3.11")["triton"][0]) for requirement in asked)
 
 
 def test_requirements_are_ranges():
