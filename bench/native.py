@@ -95,14 +95,21 @@ def head(N: int, D: int, V: int) -> tuple[Tensor, dict[str, Callable]]:
 def tile_of_logits(n: int, D: int, c: int) -> tuple[Tensor, dict[str, Callable]]:
     hidden, weight, _ = problem(n, D, c)
     wide, out = hidden.float(), torch.empty(n, c)
-    return hidden.double() @ weight.double().T, products(lambda isa: ours.logits_tile(hidden, weight, out, isa)) | {
+    of = products(lambda isa: ours.multiply_bf16(hidden, weight.T, out, isa=isa))
+    return hidden.double() @ weight.double().T, of | {
         "cream torch": lambda: torch.mm(wide, weight.float().T, out=out),
     }
 
 
 def product(left: Tensor, right: Tensor) -> tuple[Tensor, dict[str, Callable]]:
-    out = torch.empty(left.shape[0], right.shape[1])
-    return left.double() @ right.double(), {
+    out, truth = torch.empty(left.shape[0], right.shape[1]), left.double() @ right.double()
+    if ours.why_not_multiply_bf16(left, right) is None:
+        left = left.contiguous()  # products.py transposes it for either
+        return truth, {
+            "native": lambda: ours.multiply_bf16(left, right, out),
+            "cream torch": lambda: out.copy_(torch.mm(left, right)),
+        }
+    return truth, {
         "native": lambda: ours.multiply(left, right, out),
         "cream torch": lambda: torch.mm(left.float(), right.float(), out=out),
     }
@@ -235,7 +242,7 @@ def main() -> None:
             pieces += [(f"score, {model}", [N, D, V], partial(head, N, D, V)) for N in args.rows]
             pieces += [(f"logits tile, {model}", [n, D, c], partial(tile_of_logits, n, D, c))]
         for dtype in (torch.float32, torch.bfloat16):
-            if why_not(ours.why_not_multiply, dtype) is None:
+            if None in (why_not(ours.why_not_multiply, dtype), why_not(ours.why_not_multiply_bf16, dtype)):
                 pieces += [
                     (f"{name}, {str(dtype).removeprefix('torch.')}, {model}", [n, D, c], partial(make, n, D, c, dtype))
                     for name, make in PRODUCTS.items()

@@ -84,7 +84,7 @@ def logits_of(
     if linear_logp_native.why_not(hidden, weight) is not None:
         return hidden @ weight.T
     logits = torch.empty(len(hidden), len(weight))
-    linear_logp_native.logits_tile(hidden, weight, logits)
+    linear_logp_native.multiply_bf16(hidden, weight.T, logits)
     return logits
 
 

@@ -60,12 +60,19 @@ class Processor:
         return (lambda *_: self.answers[name]) if name in self.answers else getattr(self.library, name)
 
 
-@pytest.fixture(params=["native", "torch", "AVX2", "torch without bfloat16"])
+@pytest.fixture(params=["native", "AVX512-BF16", "AVX2", "torch", "torch without bfloat16"])
 def library(request, monkeypatch):
-    """With the C++ library, where there is one, on this CPU and as on one that has no AVX-512; without it, as on CPUs
-    that multiply bfloat16 and that do not."""
+    """With the C++ library, where there is one, on this CPU, as on one whose bfloat16 products are AVX512-BF16's in
+    gradients too (if this one's are: as where they are oneDNN's), and as on one that has no AVX-512; without it, as on
+    CPUs that multiply bfloat16 and that do not."""
     from cream_kernels import linear_logp_native, native, products
 
+    if request.param == "AVX512-BF16":
+        serves = Processor().cream_bf16_across_serves()
+        if Processor().cream_bf16_isa() == 0:
+            pytest.skip("this processor has no AVX512-BF16")
+        processor = Processor(cream_bf16_isa=1, cream_bf16_across_serves=1 - serves)
+        monkeypatch.setattr(native, "load", lambda: processor)
     if request.param == "AVX2":
         processor = Processor(cream_bf16_isa=0, cream_multiply_isa=1)
         if processor.cream_top_p_isa() == 0:
@@ -75,7 +82,7 @@ def library(request, monkeypatch):
     if request.param.startswith("torch"):
         monkeypatch.setattr(native, "_decide", lambda: (None, "left out"))
     if request.param != "native":
-        monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", lambda: request.param == "torch")
+        monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", lambda: request.param in ("torch", "AVX512-BF16"))
 
 
 @pytest.fixture(scope="session")

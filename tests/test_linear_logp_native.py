@@ -234,15 +234,51 @@ def test_a_tile_keeps_float32(n, c, D):
     hidden, weight, _, _ = problem(n, c, D)
     truth = hidden.double() @ weight.double().T
     frame = torch.full((n, c + 5), 7.0)
-    tile = ours.logits_tile(hemmed(hidden), hemmed(weight.T).T, frame[:, 2:-3])
+    tile = ours.multiply_bf16(hemmed(hidden), hemmed(weight.T), frame[:, 2:-3])
     assert tile.data_ptr() == frame[:, 2:].data_ptr()
     assert worst(tile, truth) <= 2 * worst(hidden.float() @ weight.float().T, truth) + 1e-6
     assert (frame[:, :2] == 7).all() and (frame[:, -3:] == 7).all()
     try:
         torch.set_num_threads(2)
-        assert ours.logits_tile(hidden, hemmed(weight), torch.empty(n, c)).equal(tile)
+        assert ours.multiply_bf16(hidden, hemmed(weight).T, torch.empty(n, c)).equal(tile)
     finally:
         torch.set_num_threads(1)
+
+
+@needs_bf16
+@pytest.mark.parametrize("n, m, c", [(1, 1, 1), (7, 9, 17), (6, 64, 64), (40, 35, 6), (1100, 200, 33), (65, 577, 200)])
+def test_a_bfloat16_product_of_any_strides(n, m, c):
+    g = torch.Generator().manual_seed(11)
+    a, b = torch.randn(n, m, generator=g).bfloat16(), torch.randn(m, c, generator=g).bfloat16()
+    before, shrink, truth = torch.randn(n, c, generator=g), torch.rand(n, generator=g), a.double() @ b.double()
+    bound = 2 * worst(a.float() @ b.float(), truth) + 1e-6
+    alone = ours.multiply_bf16(a, b, torch.empty(n, c))
+    assert worst(alone, truth) <= bound
+    wide, half = torch.full((n + 2, c + 5), 7.0), torch.full((n + 2, c + 5), 7.0).bfloat16()
+    out, rounded = wide[1:-1, 2:-3], half[1:-1, 2:-3]
+    apart, shrink_there = hemmed(b.repeat_interleave(2, 1))[:, ::2], torch.stack([shrink, shrink], 1)[:, 0]
+    for a_there, b_there in itertools.product((a, hemmed(a), hemmed(a.T).T), (b, hemmed(b), hemmed(b.T).T, apart)):
+        assert ours.multiply_bf16(a_there, b_there, out) is out and out.equal(alone)
+        assert ours.multiply_bf16(a_there, b_there, rounded).equal(alone.bfloat16())
+        ours.multiply_bf16(a_there, b_there, out.copy_(before), adds=True)
+        assert worst(out, before + truth) <= bound
+        ours.multiply_bf16(a_there, b_there, out.copy_(before), adds=True, shrink=shrink_there)
+        assert worst(out, before * shrink[:, None].double() + truth) <= bound
+    out.fill_(7.0), rounded.fill_(7.0)
+    assert (wide == 7).all() and (half == 7).all()
+    try:
+        torch.set_num_threads(2)
+        assert ours.multiply_bf16(a, b, torch.empty(n, c)).equal(alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_bf16
+def test_bfloat16_products_of_nothing():
+    nothing = torch.empty(0, 5).bfloat16()
+    assert ours.multiply_bf16(nothing, torch.ones(5, 3).bfloat16(), torch.empty(0, 3)).shape == (0, 3)
+    assert ours.multiply_bf16(torch.ones(2, 5).bfloat16(), nothing.T, torch.empty(2, 0)).shape == (2, 0)
+    assert "no columns" in ours.why_not_multiply_bf16(nothing.T, nothing)
 
 
 @pytest.fixture(params=["AVX2", "AVX-512"])

@@ -3,10 +3,11 @@
 N tokens (rows), D hidden size, V vocabulary; n rows and c columns of a tile. The algebra stands at the head of
 linear_logp.py; the logit of a product x is factor * x or, where ceiling > 0, ceiling * tanh(factor * x).
 
-Callers ask why_not (AVX512-BF16 or AMX: statistics, logits_tile, transpose), why_not_multiply (AVX2 without AVX-512, or
-Zen 5: multiply), why_not_fold, why_not_read or why_not_scale (AVX2: fold_tile_, read_rows and write_gradient,
-scale_rows and add_rows_) first. No result depends on the number of threads, which is torch's. Sources: bf16_product,
-linear_logp, logits_tile, multiply, fold, transpose.cpp.
+Callers ask why_not (AVX512-BF16 or AMX: statistics, multiply_bf16 of a transposed right operand, transpose),
+why_not_multiply_bf16 (Zen 5: of any), why_not_multiply (AVX2 without AVX-512, or Zen 5: multiply), why_not_fold,
+why_not_read or why_not_scale (AVX2: fold_tile_, read_rows and write_gradient, scale_rows and add_rows_) first. No
+result depends on the number of threads, which is torch's. Sources: bf16_product, bf16_multiply, linear_logp, multiply,
+fold, transpose.cpp.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FEW_ROWS = 32  # of a left operand, below which a BLAS is more exact than multip
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
-    """Why these two cannot go to statistics or logits_tile, without a full stop; None where they can."""
+    """Why these two cannot go to statistics or multiply_bf16, without a full stop; None where they can."""
     if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"the native products are of bfloat16 on a CPU, not {hidden.dtype} on {hidden.device.type}"
     if hidden.shape[1] == 0:
@@ -31,6 +32,14 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     if library is None:
         return native.why_not()
     return None if library.cream_bf16_isa() else "this processor has no AVX512-BF16, or the compiler had none"
+
+
+def why_not_multiply_bf16(left: Tensor, right: Tensor) -> str | None:
+    """The same for multiply_bf16 of a right operand whose rows are dense; where it can and something else is faster,
+    that is a reason too."""
+    if reason := why_not(left, right):
+        return reason
+    return None if native.load().cream_bf16_across_serves() else "this processor has a faster product, or none of such"
 
 
 def why_not_multiply(left: Tensor, right: Tensor) -> str | None:
@@ -93,8 +102,8 @@ def statistics(
     entropy. A target outside [0, V) leaves target_logit nan and takes nothing out of the sum. A row with a nan among
     its other logits gets nan, and no other row does.
 
-    2NDV floating-point operations; memory is a packed copy of hidden, 64 rows of weight a thread, and 12 bytes a row
-    for every 512 tokens of the vocabulary.
+    2NDV floating-point operations; memory is 64 rows of weight a thread, 12 bytes a row for every 512 tokens of the
+    vocabulary and, for AMX, a packed copy of hidden.
     """
     hidden, weight = _dense_rows(hidden), _dense_rows(weight)
     targets = targets.contiguous()
@@ -121,27 +130,37 @@ def statistics(
     return tuple(results) if want_moment else (*results, None)
 
 
-def logits_tile(
-    hidden: Tensor,  # (n, D) bfloat16, any strides
-    weight: Tensor,  # (c, D) bfloat16
-    out: Tensor,  # (n, c) float32, columns dense
+def multiply_bf16(
+    left: Tensor,  # (n, m) bfloat16, any strides
+    right: Tensor,  # (m, c) bfloat16, any strides; AMX takes a copy unless the columns are dense
+    out: Tensor,  # (n, c) float32 or bfloat16, columns dense
+    adds: bool = False,
+    shrink: Tensor | None = None,  # (n,) float32, what the rows of out are multiplied by first, where adds
     isa: int | None = None,  # as in statistics
 ) -> Tensor:  # out
-    """hidden @ weight.T, summed and kept in float32, which torch has not on CPUs."""
-    assert out.dtype == torch.float32 and (out.stride(1) == 1 or out.shape[1] == 1)
-    hidden, weight = _dense_rows(hidden), _dense_rows(weight)
-    library = native.load()
-    done = library.cream_logits_tile(
-        hidden.data_ptr(),
-        *hidden.shape,
-        hidden.stride(0),
-        weight.data_ptr(),
-        weight.shape[0],
-        weight.stride(0),
+    """left @ right, or out * shrink + left @ right where adds, with float32 sums that are rounded once or kept."""
+    assert out.stride(1) == 1 or out.shape[1] == 1
+    assert out.dtype == torch.float32 or (out.dtype == torch.bfloat16 and not adds)
+    assert out.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
+    library, left = native.load(), _dense_rows(left)
+    isa = library.cream_bf16_isa() if isa is None else isa
+    if right.stride(0) != 1 and (isa == 2 or right.stride(1) != 1):
+        right = right.T.contiguous().T
+    shrink = None if shrink is None else shrink.contiguous()
+    done = library.cream_bf16_multiply(
+        left.data_ptr(),
+        left.stride(0),
+        right.data_ptr(),
+        *right.stride(),
+        *left.shape,
+        right.shape[1],
         out.data_ptr(),
+        out.dtype == torch.bfloat16,
         out.stride(0),
+        adds,
+        None if shrink is None else shrink.data_ptr(),
         torch.get_num_threads(),
-        library.cream_bf16_isa() if isa is None else isa,
+        isa,
     )
     _check(done)
     return out

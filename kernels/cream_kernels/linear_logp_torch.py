@@ -154,7 +154,7 @@ class Products(NamedTuple):
     def into(self, out: Tensor, rows: slice, columns: slice) -> Tensor:  # (n, c) wide, becomes the logits
         hidden, weight = self.hidden[rows], self.weight[columns]
         if in_cpp.why_not(hidden, weight) is None:
-            in_cpp.logits_tile(hidden, weight, out)
+            in_cpp.multiply_bf16(hidden, weight.T, out)
         else:
             put_product(out, hidden, weight.T)
         if self.bias is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch  # noqa: F401  # for its libgomp, see above
 
 LIBRARY = Path(__file__).with_name("libcream_native.so")
-ABI = 8  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
+ABI = 9  # raised together with cream_native_abi() in kernels/csrc whenever a signature changes
 
 
 def load() -> ctypes.CDLL | None:
@@ -101,17 +101,22 @@ def _decide() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]
-    library.cream_logits_tile.restype = ctypes.c_int
-    library.cream_logits_tile.argtypes = [
-        ctypes.c_void_p,  # hidden
+    library.cream_bf16_across_serves.restype = ctypes.c_int
+    library.cream_bf16_multiply.restype = ctypes.c_int
+    library.cream_bf16_multiply.argtypes = [
+        ctypes.c_void_p,  # left
+        ctypes.c_int64,  # its row stride, elements
+        ctypes.c_void_p,  # right
+        ctypes.c_int64,  # its row stride
+        ctypes.c_int64,  # its column stride
         ctypes.c_int64,  # n
-        ctypes.c_int64,  # D
-        ctypes.c_int64,  # its row stride
-        ctypes.c_void_p,  # weight
+        ctypes.c_int64,  # m
         ctypes.c_int64,  # c
-        ctypes.c_int64,  # its row stride
         ctypes.c_void_p,  # out
+        ctypes.c_int,  # out_is_bf16
         ctypes.c_int64,  # its row stride
+        ctypes.c_int,  # adds
+        ctypes.c_void_p,  # shrink or None
         ctypes.c_int,  # threads
         ctypes.c_int,  # isa
     ]

@@ -70,6 +70,9 @@ def put_product(
     right: Tensor,  # (c, d)
 ) -> None:
     """out = left @ right, rounded once."""
+    if in_cpp.why_not_multiply_bf16(left, right) is None:
+        in_cpp.multiply_bf16(left, right, out)
+        return
     if in_cpp.why_not_multiply(left, right) is None:
         wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
         in_cpp.multiply(left, right, wide)
@@ -91,6 +94,9 @@ def add_product_(
 ) -> None:
     """total * shrink + left @ right: within the product where it is wide, else in one pass in C++ or, since torch adds
     other dtypes on a CPU through a copy, a few rows at a time."""
+    if in_cpp.why_not_multiply_bf16(left, right) is None:
+        in_cpp.multiply_bf16(left, right, total, adds=True, shrink=shrink)
+        return
     in_float32 = in_cpp.why_not_multiply(left, right) is None
     if not in_float32:
         left, right = _in_one_dtype(left, right)

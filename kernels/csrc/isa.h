@@ -4,6 +4,16 @@
 #pragma once
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
+// 25 is Zen 3 and 4, 26 Zen 5; 0 if not AMD's.
+inline int amd_family() {
+  unsigned a, b, c, d;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  return int((a >> 8) & 15) + int((a >> 20) & 255);
+}
+
 // DEFINE(name, attributes) of each.
 #define EACH_ISA(DEFINE, name)                             \
   DEFINE(name##_plain, )                                   \

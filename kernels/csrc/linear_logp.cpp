@@ -67,7 +67,7 @@ INLINE __m512 squash(__m512 x, const Squash& s) {
 
 struct Problem {
   const Product* product;
-  const uint32_t* blocks;  // hidden, packed
+  const Left& hidden;
   int64_t N, D;
   const uint16_t* weight;
   int64_t V, stride;
@@ -127,7 +127,7 @@ TARGET void fold(const float* tile, int64_t first, const float* bias, const __mm
 // One chunk of the vocabulary for some rows.
 template <bool CAPPED, bool MOMENT>
 TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end, uint32_t* panel, Lanes* lanes) {
-  const int64_t pairs = pairs_of(p.D), rows = p.product->rows;
+  const int64_t rows = p.product->rows;
   const Squash s = {_mm512_set1_ps(p.factor), _mm512_set1_ps(p.ceiling)};
   alignas(64) float tile[kMostRows * kColumns], bias[kColumns];
   for (int64_t n = 0; n < end - start; ++n)
@@ -146,7 +146,7 @@ TARGET void run_task(const Problem& p, int64_t chunk, int64_t start, int64_t end
     for (int i = 0; i < kColumns; ++i) bias[i] = p.bias && i < count ? p.bias[first + i] : 0;
     p.product->pack_panel(p.weight + first * p.stride, count, p.D, p.stride, panel);
     for (int64_t n = start; n < end; n += rows) {
-      p.product->multiply(p.blocks + n * pairs, panel, pairs, tile);
+      p.product->multiply(p.hidden.from(n), panel, p.D, tile);
       fold<CAPPED, MOMENT>(tile, first, bias, missing, s, end - n < rows ? end - n : rows, p.targets + n,
                             p.target_logit + n, lanes + (n - start));
     }
@@ -202,14 +202,13 @@ EXPORT int cream_linear_logp_statistics(
 #if HAVE_BF16
   const Product* product = bf16_product(isa);
   if (!product) return -1;
-  const int64_t rows = product->rows, pairs = pairs_of(D), row_blocks = ceil_div(N, rows);
+  Left left(*product, hidden, N, D, hidden_stride);
   const int64_t chunks = ceil_div(V, kChunk * kColumns), groups = ceil_div(N, kTaskRows);
-  const int64_t task_rows = ceil_div(row_blocks, groups ? groups : 1) * rows;
-  Buffer<uint32_t> blocks = allocate<uint32_t>(row_blocks * rows * pairs);
+  const int64_t task_rows = ceil_div(left.blocks(), groups ? groups : 1) * product->rows;
   Buffer<float> parts = allocate<float>(chunks * 3 * N);
-  if (!blocks || !parts) return -2;
+  if (left.no_memory() || !parts) return -2;
   const Problem p = {product,
-                     blocks.get(),
+                     left,
                      N,
                      D,
                      weight,
@@ -226,16 +225,14 @@ EXPORT int cream_linear_logp_statistics(
   bool no_memory = false;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Buffer<uint32_t> panel = allocate<uint32_t>(pairs * kColumns);
+    Buffer<uint32_t> panel = allocate<uint32_t>(pairs_of(D) * kColumns);
     Buffer<Lanes> lanes = allocate<Lanes>(task_rows);
     if (!panel || !lanes) {
 #pragma omp atomic write
       no_memory = true;
     }
 #pragma omp for
-    for (int64_t b = 0; b < row_blocks; ++b)
-      product->pack_rows(hidden + b * rows * hidden_stride, N - b * rows, D, hidden_stride,
-                         blocks.get() + b * rows * pairs);
+    for (int64_t b = 0; b < left.blocks(); ++b) left.pack(b);
 #pragma omp for
     for (int64_t n = 0; n < N; ++n) target_logit[n] = kNaN;
 #pragma omp for schedule(dynamic)

@@ -9,11 +9,11 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "isa.h"
 #include "scalars.h"
 
 #if defined(__x86_64__)
 #define HAVE_AVX2 1
-#include <cpuid.h>
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,fma")))
 #define TARGET_512 __attribute__((target("avx512f,avx2,fma")))
@@ -183,13 +183,6 @@ bool has(int isa) {
   __builtin_cpu_init();
   return (isa == 1 || (isa == 2 && __builtin_cpu_supports("avx512f"))) && __builtin_cpu_supports("avx2") &&
          __builtin_cpu_supports("fma");
-}
-
-// 25 is Zen 3 and 4, 26 Zen 5; 0 if not AMD's.
-int amd_family() {
-  unsigned a, b, c, d;
-  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
-  return int((a >> 8) & 15) + int((a >> 20) & 255);
 }
 
 // 0, or -2 without memory.

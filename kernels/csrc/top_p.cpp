@@ -212,7 +212,7 @@ EACH_ISA(ROW, row)
 
 }  // namespace
 
-EXPORT int cream_native_abi() { return 8; }  // native.py refuses a library of another number
+EXPORT int cream_native_abi() { return 9; }  // native.py refuses a library of another number
 
 EXPORT int cream_top_p_isa() {
   for (int isa : {2, 1})
