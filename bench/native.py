@@ -134,8 +134,8 @@ PRODUCTS = {"logits": product_logits, "dhidden of a tile": product_dhidden, "dwe
 
 
 def why_not(asked: Callable[[Tensor, Tensor], str | None], dtype: torch.dtype) -> str | None:
-    """Of operands with rows enough."""
-    operand = torch.empty(TILE[0], 2, dtype=dtype)
+    """Of operands as large as a tile."""
+    operand = torch.empty(TILE, dtype=dtype)
     return asked(operand, operand)
 
 

@@ -62,17 +62,16 @@ class Processor:
 
 @pytest.fixture(params=["native", "AVX512-BF16", "AVX2", "torch", "torch without bfloat16"])
 def library(request, monkeypatch):
-    """With the C++ library, where there is one, on this CPU, as on one whose bfloat16 products are AVX512-BF16's in
-    gradients too (if this one's are: as where they are oneDNN's), and as on one that has no AVX-512; without it, as on
-    CPUs that multiply bfloat16 and that do not."""
+    """With the C++ library, where there is one, on this CPU, as on one where all bfloat16 products are AVX512-BF16's,
+    and as on one that has no AVX-512; without it, as on CPUs that multiply bfloat16 and that do not."""
     from cream_kernels import linear_logp_native, native, products
 
     if request.param == "AVX512-BF16":
-        serves = Processor().cream_bf16_across_serves()
         if Processor().cream_bf16_isa() == 0:
             pytest.skip("this processor has no AVX512-BF16")
-        processor = Processor(cream_bf16_isa=1, cream_bf16_across_serves=1 - serves)
+        processor = Processor(cream_bf16_isa=1, cream_bf16_across_serves=1)
         monkeypatch.setattr(native, "load", lambda: processor)
+        monkeypatch.setattr(linear_logp_native, "SHORT_SUM", 1)
     if request.param == "AVX2":
         processor = Processor(cream_bf16_isa=0, cream_multiply_isa=1)
         if processor.cream_top_p_isa() == 0:

@@ -281,6 +281,15 @@ def test_bfloat16_products_of_nothing():
     assert "no columns" in ours.why_not_multiply_bf16(nothing.T, nothing)
 
 
+@needs_bf16
+def test_short_sums_are_left_to_onednn(monkeypatch):
+    processor = Processor(cream_bf16_across_serves=1)
+    monkeypatch.setattr(native, "load", lambda: processor)
+    left, right = torch.ones(300, 256).bfloat16(), torch.ones(256, 3).bfloat16()
+    assert ours.why_not_multiply_bf16(left, right) is None
+    assert "short" in ours.why_not_multiply_bf16(left[:, 1:], right[1:])
+
+
 @pytest.fixture(params=["AVX2", "AVX-512"])
 def float_product(request, monkeypatch):
     isa = ["AVX2", "AVX-512"].index(request.param) + 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import native
 
 FEW_ROWS = 32  # of a left operand, below which a BLAS is more exact than multiply
+SHORT_SUM = 256  # below which oneDNN is faster than multiply_bf16
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
@@ -39,6 +40,8 @@ def why_not_multiply_bf16(left: Tensor, right: Tensor) -> str | None:
     that is a reason too."""
     if reason := why_not(left, right):
         return reason
+    if left.shape[1] < SHORT_SUM:
+        return f"sums of {left.shape[1]} are short"
     return None if native.load().cream_bf16_across_serves() else "this processor has a faster product, or none of such"
 
 
